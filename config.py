@@ -1,0 +1,311 @@
+"""YAML in, run directory out: settings checked before anything is loaded, checkpoints that appear whole or not at all.
+
+Every user error is a `UserError`: one line on stderr, exit code 2, no traceback. No torch in this file.
+"""
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent
+INF = float("inf")
+
+# Dotted key -> what it accepts: a type, a tuple of choices, or (type, lowest, highest). A list or a dict holds
+# one such entry for its items.
+# "env" and "eval.variants" are checked by the environment class itself; "lora: null" tunes all parameters.
+SCHEMA = {
+    "env": dict,
+    "model.path": str,
+    "model.device": ("cpu", "cuda", "auto"),
+    "model.quantization": ("nf4", "none"),
+    "model.keep_unquantized": [str],
+    "model.dtype": ("float32", "bfloat16"),
+    "model.merge_for_sampling": bool,
+    "model.max_new_tokens": (int, 1, 100_000),
+    "lora.r": (int, 1, 10_000),
+    "lora.alpha": (float, 0, INF),
+    "lora.target_modules": str,
+    "sft.steps": (int, 1, INF),
+    "sft.batch_size": (int, 1, INF),
+    "sft.micro_tokens": (int, 1, INF),
+    "sft.lr": (float, 0, 1),
+    "sft.schedule": ("cosine", "constant"),
+    "sft.warmup": (float, 0, 1),
+    "sft.weight_decay": (float, 0, 1),
+    "sft.max_grad_norm": (float, 0, INF),
+    "sft.mistakes": (int, 0, 100),
+    "sft.init_step": (int, 1, INF),
+    "sft.save_every": (int, 1, INF),
+    "ppo.init": str,
+    "ppo.verify_iters": (int, 1, 100),
+    "ppo.updates": (int, 1, INF),
+    "ppo.envs": (int, 1, INF),
+    "ppo.turns": (int, 1, INF),
+    "ppo.temperature": (float, 0.01, 10),
+    "ppo.epochs": (int, 1, 1000),
+    "ppo.minibatch": (int, 1, INF),
+    "ppo.micro_tokens": (int, 1, INF),
+    "ppo.lr": (float, 0, 1),
+    "ppo.value_lr": (float, 0, 1),
+    "ppo.schedule": ("cosine", "constant"),
+    "ppo.adam_eps": (float, 0, 1),
+    "ppo.max_grad_norm": (float, 0, INF),
+    "ppo.clip": (float, 0, 10),
+    "ppo.ratio": ("turn", "token"),
+    "ppo.prefix_weight": (float, 0, 1),
+    "ppo.gamma": (float, 0, 1),
+    "ppo.lam": (float, 0, 1),
+    "ppo.normalize_advantages": bool,
+    "ppo.reward_scale": (float, 0, INF),
+    "ppo.value_coef": (float, 0, INF),
+    "ppo.value_hidden": [(int, 1, 100_000)],
+    "ppo.value_detach": bool,
+    "ppo.entropy_coef": (float, 0, INF),
+    "ppo.kl_coef": (float, 0, INF),
+    "ppo.save_every": (int, 1, INF),
+    "eval.verify_iters": (int, 1, 100),
+    "eval.temperatures": [(float, 0, 10)],
+    "eval.splits": {"split": (int, 1, INF)},
+    "eval.variants": dict,
+    "eval.batch_size": (int, 1, INF),
+    "eval.curve_n": (int, 0, INF),
+    "eval.seed": (int, 0, 2**31),
+    "eval.runs": [str],
+    "eval.transcripts": (int, 0, 1000),
+    "run.dir": str,
+    "run.seed": (int, 0, 2**31),
+}
+USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
+ELSEWHERE = ("model.device", "run.dir", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
+             "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how far, never what is computed
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what and how, in one line."""
+
+
+def nearest(name, names):
+    """' (did you mean X?)' for the closest valid name, or ''."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ---------------------------------------------------------------- reading and checking
+def _check(key, value, accepts):
+    """The value in the type that its key wants; UserError otherwise."""
+    if isinstance(accepts, dict):  # free names, one kind of value
+        _check(key, value, dict)
+        return {str(k): _check(f"{key}.{k}", v, *accepts.values()) for k, v in value.items()}
+    if isinstance(accepts, list):
+        if not isinstance(value, list):
+            raise UserError(f"{key}: {value!r} is not a list")
+        return [_check(key, item, accepts[0]) for item in value]
+    if isinstance(accepts, tuple) and isinstance(accepts[0], str):
+        if value not in accepts:
+            raise UserError(f"{key}: {value!r} is none of {', '.join(accepts)}")
+        return value
+    kind, low, high = accepts if isinstance(accepts, tuple) else (accepts, -INF, INF)
+    if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML reads 1e-6 as text
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        name = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}[kind]
+        raise UserError(f"{key}: {value!r} is not {name}")
+    if kind in (int, float) and not low <= value <= high:
+        raise UserError(f"{key}: {value} is not between {low} and {high}")
+    return value
+
+
+def check(raw):
+    """A complete, checked copy of the nested settings. Raises UserError for any key unknown, missing or wrong."""
+    if not isinstance(raw, dict):
+        raise UserError("the configuration is not a mapping of sections")
+    sections = list(dict.fromkeys(key.split(".")[0] for key in SCHEMA))
+    for section in raw:
+        if section not in sections:
+            raise UserError(f"unknown section {section!r}{nearest(str(section), sections)}")
+    clean = {}
+    for section in sections:
+        if section not in raw:
+            raise UserError(f"section {section} is missing")
+        given = raw[section]
+        if section == "env" or (section == "lora" and given is None):
+            clean[section] = _check(section, given, dict) if section == "env" else None
+            continue
+        known = [key.split(".")[1] for key in SCHEMA if key.startswith(section + ".")]
+        for key in _check(section, given, dict):
+            if key not in known:
+                raise UserError(f"unknown key {section}.{key}{nearest(str(key), known)}")
+        for key in known:
+            if key not in given:
+                raise UserError(f"{section}.{key} is missing")
+        clean[section] = {key: _check(f"{section}.{key}", given[key], SCHEMA[f"{section}.{key}"]) for key in known}
+    if clean["lora"] is None and clean["model"]["quantization"] != "none":
+        raise UserError("lora: null tunes all parameters, which needs model.quantization=none")
+    if clean["sft"]["init_step"] > clean["sft"]["steps"]:
+        raise UserError("sft.init_step: Init is a step of the SFT run, so it cannot exceed sft.steps")
+    return clean
+
+
+def override(raw, argument):
+    """Apply one `section.key=value` of the command line (the value is YAML)."""
+    key, equals, text = argument.partition("=")
+    if not equals:
+        raise UserError(f"{argument!r} is not key=value")
+    *path, last = key.split(".")
+    place = raw
+    for part in path:
+        if not isinstance(place.get(part), dict):
+            raise UserError(f"unknown key {key}{nearest(key, SCHEMA)}")
+        place = place[part]
+    free = path[:1] == ["env"] or path[:2] in (["eval", "variants"], ["eval", "splits"])
+    if not free and key not in SCHEMA and not (key == "lora" and key in raw):
+        raise UserError(f"unknown key {key}{nearest(key, SCHEMA)}")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {text!r} is not YAML") from None
+
+
+def load(arguments):
+    """Settings from `CONFIG [key=value ...]`.
+
+    Returns: (cfg with attribute access per section, the plain nested dict, the overrides).
+    """
+    usage = f"usage: python {Path(sys.argv[0]).name} CONFIG.yaml [section.key=value ...]"
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(usage)
+    path = Path(arguments[0])
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; {usage}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is not a mapping of sections")
+    for argument in arguments[1:]:
+        override(raw, argument)
+    raw = check(raw)
+    cfg = SimpleNamespace(**{k: SimpleNamespace(**v) if k not in ("env",) and v is not None else v
+                             for k, v in raw.items()})
+    return cfg, raw, arguments[1:]
+
+
+def run_main(main):
+    """Run a script's main(arguments): a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------- run directories
+def arm_name(script, overrides):
+    """'sft' or 'rl', plus the command line's own settings of that arm: rl-ppo.verify_iters=1."""
+    mine = [o for o in overrides if o.split(".")[0].split("=")[0] in USES[script] and o.split("=")[0] not in ELSEWHERE]
+    return "-".join([script, *(re.sub(r"[^\w.=,+-]", "_", o) for o in sorted(mine))])
+
+
+class Run:
+    """One arm's folder: config.yaml, metrics.jsonl, transcripts.jsonl and step_N/ checkpoints.
+
+    Opening it again continues it: lines logged after the last whole checkpoint are dropped.
+    Raises: UserError if the folder belongs to other settings.
+    """
+
+    def __init__(self, script, raw, overrides):
+        self.dir = Path(raw["run"]["dir"]) / arm_name(script, overrides)
+        sections = {s: raw[s] for s in (*USES[script], "run")}
+        stored = self.dir / "config.yaml"
+        if stored.exists():
+            self._compare(stored, sections)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        for leftover in self.dir.glob(".tmp_*"):
+            shutil.rmtree(leftover)
+        if not stored.exists():
+            write_atomic(stored, yaml.safe_dump(sections, sort_keys=False))
+        self.step, self.last = max(checkpoints(self.dir), default=(0, None))
+        for name in ("metrics.jsonl", "transcripts.jsonl"):
+            path = self.dir / name
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= self.step]
+            if len(kept) != len(lines):
+                write_atomic(path, "".join(line + "\n" for line in kept))
+
+    def _compare(self, stored, sections):
+        try:
+            old = _flat(yaml.safe_load(stored.read_text()))
+        except (yaml.YAMLError, AttributeError, TypeError):
+            raise UserError(f"{stored} is unreadable; choose another run.dir") from None
+        new = _flat(sections)
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key) and key not in ELSEWHERE:
+                raise UserError(f"{self.dir} holds a run with {key} = {old.get(key)}, not {new.get(key)}; "
+                                "choose another run.dir (nothing was changed)")
+
+    def log(self, name, record):
+        """Append one JSON object to name.jsonl."""
+        with open(self.dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    @contextmanager
+    def checkpoint(self, step):
+        """A folder to write into that becomes step_N/ only when all of it is on disk."""
+        temporary, final = self.dir / f".tmp_{step}", self.dir / f"step_{step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+
+
+def _flat(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return INF  # a line cut off in the middle
+
+
+def checkpoints(folder):
+    """[(N, path)] of the step_N folders, in order of N."""
+    found = [(int(p.name[5:]), p) for p in Path(folder).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found)
+
+
+def write_atomic(path, text):
+    """Write a text file that is either the old or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def find_model(path):
+    """A local model folder (tried as given, then beside this file), or the name of a hub model unchanged."""
+    for candidate in (Path(path), ROOT / path):
+        if candidate.is_dir():
+            return str(candidate)
+    return path
