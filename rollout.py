@@ -1,0 +1,128 @@
+"""Where the policy meets the environments: make_env, play (batched episodes), evaluate."""
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+import gp
+from config import UserError, nearest
+
+ENVIRONMENTS = {"gp": gp.GeneralPoints}
+EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
+
+
+def make_env(settings, verify_iters, **changes):
+    """The environment that the YAML's `env` section names, with `changes` of an evaluation variant.
+
+    Raises: UserError for an unknown environment, an unknown setting or one out of range.
+    """
+    settings = {**settings, **changes}
+    name = settings.pop("name", None)
+    if name not in ENVIRONMENTS:
+        raise UserError(f"env.name: {name!r} is none of {', '.join(ENVIRONMENTS)}")
+    known = [p for p in inspect.signature(ENVIRONMENTS[name]).parameters if p != "verify_iters"]
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown key env.{key}{nearest(key, known)}")
+    try:
+        return ENVIRONMENTS[name](**settings, verify_iters=verify_iters)
+    except ValueError as error:
+        raise UserError(f"env.{error}") from None
+
+
+@dataclass
+class Turn:
+    """One step of the MDP: a whole answer v_out to a whole conversation v_in, and what the verifier made of it."""
+    slot: int  # which of the tables played side by side
+    prompt: list  # ids of v_in
+    answer: list  # ids of v_out, (A,)
+    logprobs: torch.Tensor  # (A,) under the sampling distribution
+    value: float  # V(v_in)
+    text: str  # v_out
+    reward: float  # in the paper's points
+    done: bool  # solved or out of attempts
+    solved: bool
+    info: dict  # the environment's: category, recognized, attempt, feedback, cluster
+    seed: int  # of the episode
+
+
+class Play:
+    """N episodes side by side, in lock-step; a finished one is replaced by the next seed's.
+
+    Args: envs: N environments; seeds: iterator of episode seeds, endless for training.
+    """
+
+    def __init__(self, envs, seeds):
+        self.envs, self.seeds = envs, seeds
+        self.episodes = [None] * len(envs)  # per table [seed, prompt messages, answers so far]; None = closed
+        for slot in range(len(envs)):
+            self._deal(slot)
+
+    def _deal(self, slot):
+        seed = next(self.seeds, None)
+        self.episodes[slot] = None
+        if seed is not None:
+            obs, _ = self.envs[slot].reset(seed)
+            self.episodes[slot] = [seed, obs["messages"], []]
+
+    def turn(self, policy, temperature, generator):
+        """Every open table answers once. Returns: list of Turns, in the order of the tables."""
+        slots = [s for s, episode in enumerate(self.episodes) if episode]
+        prompts = policy.encode([self.episodes[s][1] for s in slots])
+        turns = []
+        for slot, prompt, answer in zip(slots, prompts, policy.sample(prompts, temperature, generator)):
+            seed, _, answers = self.episodes[slot]
+            text = policy.decode(answer.ids)
+            obs, reward, terminated, truncated, info = self.envs[slot].step(text)
+            turns.append(Turn(slot, prompt, answer.ids, answer.logprobs, answer.value, text, reward,
+                              terminated or truncated, terminated, info, seed))
+            self.episodes[slot] = [seed, obs["messages"], answers + [text]]
+            if terminated or truncated:
+                self._deal(slot)
+        return turns
+
+    def waiting(self):
+        """Tables whose episode is under way: at least one answer given, not yet ended."""
+        return [slot for slot, episode in enumerate(self.episodes) if episode and episode[2]]
+
+    def state(self):
+        """What resumes these tables: the next seed, and per table its seed and the answers so far."""
+        self.seeds, peek = itertools.tee(self.seeds)
+        return {"next": next(peek), "tables": [(seed, list(answers)) for seed, _, answers in self.episodes]}
+
+    def restore(self, state):
+        """Replay the answers of a saved state; everything else follows from the seeds."""
+        self.seeds = itertools.count(state["next"])
+        for slot, (seed, answers) in enumerate(state["tables"]):
+            obs, _ = self.envs[slot].reset(seed)
+            for answer in answers:
+                obs, *_ = self.envs[slot].step(answer)
+            self.episodes[slot] = [seed, obs["messages"], list(answers)]
+
+
+def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None, **changes):
+    """Play n episodes to their end; hands depend on (settings, changes, seed) alone, so arms are paired.
+
+    Returns: list of n records {seed, cluster, first, solved, recognized: share of answers, turns: list of Turns},
+    in the order of the seeds. first, solved: bool, on the first attempt and within verify_iters attempts.
+    Source: paper Sec. 4, C.3.
+    """
+    first_seed = EVAL_SEEDS + seed * 1_000_000
+    envs = [make_env(settings, verify_iters, **changes) for _ in range(min(batch_size, n))]
+    play = Play(envs, iter(range(first_seed, first_seed + n)))
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    episodes = {}
+    while any(play.episodes):
+        for turn in play.turn(policy, temperature, generator):
+            episodes.setdefault(turn.seed, []).append(turn)
+            if turn.done and progress is not None:
+                progress.update()
+    return [{"seed": s, "cluster": turns[0].info["cluster"], "first": turns[0].solved, "solved": turns[-1].solved,
+             "recognized": sum(t.info["recognized"] for t in turns) / len(turns), "turns": turns}
+            for s, turns in sorted(episodes.items())]
+
+
+def training_seeds(run_seed):
+    """Endless episode seeds of one training run, disjoint between run seeds and from evaluation."""
+    return itertools.count(run_seed * 2**24)

@@ -1,0 +1,383 @@
+"""The policy: a frozen (4-bit) vision-language base, LoRA adapters, a value head; sampling and scoring of answers.
+
+Sampling and the update see the same numbers: tokens are sampled from softmax(logits / T) without truncation and
+`score` recomputes exactly that; token ids are kept, text is never re-tokenised. Knows no environment.
+"""
+import logging
+import math
+import os
+import pickle
+import resource
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+for _library in ("transformers", "bitsandbytes"):  # their chatter, from the import on, hides our own lines
+    logging.getLogger(_library).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from bitsandbytes.functional import dequantize_4bit  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.nn.functional import linear  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig  # noqa: E402
+
+from config import UserError, find_model  # noqa: E402
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass
+class Answer:
+    """One sampled answer: ids (A,), their log-probs under the sampling distribution (A,), and V(s) before it."""
+    ids: list
+    logprobs: torch.Tensor
+    value: float
+
+
+@dataclass
+class Sequence:
+    """Token ids of one conversation and the half-open spans [start, end) of the answers to score in it."""
+    ids: list
+    spans: list
+
+
+def pack(turns):
+    """Join (prompt ids, answer ids) of successive turns into as few Sequences as possible.
+
+    A turn whose prompt extends the previous prompt + answer shares its Sequence, so a conversation is read once.
+    Returns: list of (Sequence, indices of its turns). Order is kept.
+    """
+    packed = []
+    for index, (prompt, answer) in enumerate(turns):
+        if packed and prompt[:len(packed[-1][0].ids)] == packed[-1][0].ids:
+            sequence, members = packed[-1]
+        else:
+            sequence, members = Sequence([], []), []
+            packed.append((sequence, members))
+        sequence.ids = prompt + answer
+        sequence.spans.append((len(prompt), len(prompt) + len(answer)))
+        members.append(index)
+    return packed
+
+
+def micro_batches(items, max_tokens):
+    """Groups of (Sequence, ...) items of like length whose padded size is at most max_tokens (or one item each)."""
+    groups = []
+    for item in sorted(items, key=lambda item: len(item[0].ids)):  # ascending: the newest item sets the width
+        if groups and (len(groups[-1]) + 1) * len(item[0].ids) <= max_tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def token_logprobs(logits, ids, temperature=1.0):
+    """Log-probs of the chosen tokens and entropy of softmax(logits / temperature).
+
+    Args: logits (A, V); ids (A,); temperature > 0.
+    Returns: (A,) log-probs in nats, (A,) entropies in nats. fp32.
+    """
+    logprobs = torch.log_softmax(logits.float() / temperature, -1)  # (A, V)
+    chosen = logprobs.gather(-1, ids[:, None]).squeeze(-1)
+    return chosen, -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
+
+
+class ValueHead(torch.nn.Module):
+    """V(s) from the hidden state of the last prompt token; an MLP (paper: 4096-1024-512-1) or, with [], linear.
+
+    The state is normalised first, so that one learning rate fits any base. Starts at V = 0. fp32.
+    """
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        sizes, layers = [width, *hidden, 1], [torch.nn.LayerNorm(width)]
+        for a, b in zip(sizes, sizes[1:]):
+            layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+        self.net = torch.nn.Sequential(*layers[:-1])
+        torch.nn.init.zeros_(self.net[-1].weight)
+        torch.nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, hidden):
+        return self.net(hidden.float()).squeeze(-1)
+
+
+class Policy:
+    """Base + LoRA + value head.
+
+    Args:
+        model: cfg.model section. lora: cfg.lora section, or None to tune every parameter.
+        value_hidden, value_detach: cfg.ppo's; the value head exists for SFT too and is then not trained.
+        seed: of the LoRA and value-head initialisation.
+    Attributes: parameters_total (N of the FLOP formulas), tokens (processed so far: {"train", "inference"}).
+    Raises: UserError for a model that cannot be loaded or a device that is not there.
+    """
+
+    def __init__(self, model, lora, value_hidden=(), value_detach=True, seed=0):
+        self.device = _device(model.device)
+        self.max_new_tokens, self.merge_for_sampling = model.max_new_tokens, model.merge_for_sampling
+        self.value_detach = value_detach
+        torch.manual_seed(seed)
+        self.processor, base = _load(model, self.device)
+        self.tokenizer = self.processor.tokenizer
+        self.vocabulary = len(self.tokenizer)
+        self.parameters_total = sum(_numel(p) for p in base.parameters())
+        base.requires_grad_(lora is None)
+        if lora is not None:
+            try:
+                base = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0,
+                                                       target_modules=lora.target_modules))
+            except ValueError as error:
+                raise UserError(f"lora.target_modules: {error}") from None
+            for parameter in base.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        self.net = base
+        self.base = base.get_base_model() if lora is not None else base  # LoRA layers sit inside the base
+        width = self.base.config.get_text_config().hidden_size
+        self.value_head = ValueHead(width, value_hidden).to(self.device)
+        self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        self.exact = self.base.dtype == torch.float32  # 16-bit sampling and scoring differ: see rl.py
+        self.tokens = {"train": 0, "inference": 0}
+        self.net.eval()
+
+    # ------------------------------------------------------------ text in, ids out
+    def encode(self, conversations):
+        """Prompt ids of chat conversations: the template writes the BOS, the tokenizer adds none."""
+        texts = [self.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
+                 for m in conversations]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def encode_answers(self, texts):
+        """Answer ids with the end-of-turn token, as the model should write them."""
+        return [ids + [self.tokenizer.eos_token_id] for ids in
+                self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    # ------------------------------------------------------------ sampling
+    @torch.no_grad()
+    def sample(self, prompts, temperature, generator, max_new_tokens=None):
+        """One answer per prompt, batched: prompts padded left, finished rows leave the batch.
+
+        Args:
+            prompts: list of N id lists. temperature: 0 = greedy. generator: torch.Generator on the policy's device.
+        Returns: list of N Answers. An answer that reaches max_new_tokens has no end-of-turn token.
+        """
+        with self._merged():
+            return self._sample(prompts, temperature, generator, max_new_tokens or self.max_new_tokens)
+
+    def _sample(self, prompts, temperature, generator, limit):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (N, T)
+        out = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
+        hidden, cache = out.last_hidden_state[:, -1], out.past_key_values  # (N, C)
+        answers = [Answer([], [], v) for v in self.value_head(hidden).tolist()]
+        self.tokens["inference"] += int(mask.sum())
+        rows = torch.arange(len(prompts), device=self.device)  # which answer each live row writes
+        for length in range(1, limit + 1):
+            logits = self._logits(hidden)
+            if temperature:
+                probabilities = torch.softmax(logits / temperature, -1)
+                token = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)  # (rows,)
+            else:
+                token = logits.argmax(-1)
+            logprobs, _ = token_logprobs(logits, token, temperature or 1.0)
+            for row, t, lp in zip(rows.tolist(), token.tolist(), logprobs.tolist()):
+                answers[row].ids.append(t)
+                answers[row].logprobs.append(lp)
+            live = token != self.tokenizer.eos_token_id
+            if length == limit or not live.any():
+                break
+            if not live.all():  # finished rows stop costing
+                keep = live.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token, mask = rows[keep], token[keep], mask[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = self.base.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache,
+                                  position_ids=mask.sum(1, keepdim=True) - 1, use_cache=True)
+            hidden = out.last_hidden_state[:, -1]
+            self.tokens["inference"] += len(rows)
+        for answer in answers:
+            answer.logprobs = torch.tensor(answer.logprobs)
+        return answers
+
+    @contextmanager
+    def _merged(self):
+        """Inside, every LoRA layer is one matmul with W + s B A instead of a dequantisation and three (if asked for)."""
+        layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)] if self.merge_for_sampling else []
+        for layer in layers:
+            base = layer.get_base_layer()
+            state = getattr(base.weight, "quant_state", None)
+            weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
+            layer.forward = partial(linear, weight=weight + layer.get_delta_weight("default"), bias=base.bias)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own again
+
+    @torch.no_grad()
+    def values(self, prompts):
+        """V(s) of N prompts, (N,): the bootstrap of episodes that a rollout leaves unfinished."""
+        return torch.tensor([a.value for a in self.sample(prompts, 0, None, max_new_tokens=1)])
+
+    # ------------------------------------------------------------ scoring
+    def score(self, sequences, temperature=1.0):
+        """Log-probs of every answer token, as sampled at `temperature`, and values before each answer.
+
+        Args: list of Sequences; S answers with A tokens in all, in the order of the sequences and their spans.
+        Returns: dict with logprobs (A,), entropy (A,), turn (A,) = index of the answer 0..S-1, values (S,).
+        """
+        width = max(len(s.ids) for s in sequences)
+        ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        rows, columns, turns, starts = [], [], [], []
+        for row, sequence in enumerate(sequences):
+            ids[row, :len(sequence.ids)] = torch.tensor(sequence.ids)
+            mask[row, :len(sequence.ids)] = 1
+            for start, end in sequence.spans:
+                rows += [row] * (end - start)
+                columns += range(start, end)
+                turns += [len(starts)] * (end - start)
+                starts.append((row, start - 1))
+        ids, mask = ids.to(self.device), mask.to(self.device)  # (B, T)
+        hidden = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask),
+                                 use_cache=False).last_hidden_state  # (B, T, C)
+        rows, columns, turns = (torch.tensor(x, device=self.device) for x in (rows, columns, turns))
+        logits = self._logits(hidden[rows, columns - 1])  # (A, V): answer positions alone
+        logprobs, entropy = token_logprobs(logits, ids[rows, columns], temperature)
+        states = hidden[tuple(torch.tensor(starts, device=self.device).T)]  # (S, C)
+        self.tokens["train" if torch.is_grad_enabled() else "inference"] += int(mask.sum())
+        return {"logprobs": logprobs, "entropy": entropy, "turn": turns,
+                "values": self.value_head(states.detach() if self.value_detach else states)}
+
+    def _logits(self, hidden):
+        """(.., V) fp32; rows of the output layer that name no token can never be sampled."""
+        logits = self.base.lm_head(hidden).float()
+        if logits.shape[-1] > self.vocabulary:
+            logits[..., self.vocabulary:] = -torch.inf
+        return logits
+
+    # ------------------------------------------------------------ weights
+    def flops(self):
+        """Model FLOPs spent so far: 6 N per trained token, 2 N per token read or sampled (paper, C.3)."""
+        return self.parameters_total * (6 * self.tokens["train"] + 2 * self.tokens["inference"])
+
+    def snapshot(self):
+        """A copy of the trainable weights: the start that a KL penalty refers to."""
+        return {n: p.detach().clone() for n, p in self.trainable.items()}
+
+    @contextmanager
+    def weights_of(self, snapshot):
+        """Score under a snapshot's weights without a second model."""
+        own = {n: p.data for n, p in self.trainable.items()}
+        for name, parameter in self.trainable.items():
+            parameter.data = snapshot[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.trainable.items():
+                parameter.data = own[name]
+
+    def save(self, folder):
+        """Adapter in peft's own format (or the whole model without LoRA), value head and library versions."""
+        self.net.save_pretrained(folder)
+        if self.net is self.base:
+            self.processor.save_pretrained(folder)
+        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+        (folder / "versions.txt").write_text("".join(f"{m.__name__}=={m.__version__}\n"
+                                                     for m in (torch, transformers, peft)))
+
+    def load(self, folder, value_head=True):
+        """Take over the weights of a checkpoint of the same shape. Raises: UserError naming what is wrong with it."""
+        lora = self.net is not self.base
+        name = "adapter_model.safetensors" if lora else "model.safetensors"
+        try:
+            weights = load_file(folder / name, device=str(self.device))
+            head = load_file(folder / "value_head.safetensors", device=str(self.device))
+        except Exception as error:  # safetensors raises its own type for a damaged file
+            raise UserError(f"checkpoint {folder} is missing or damaged: {error}") from None
+        own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
+        if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
+            raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration")
+        for n, parameter in own.items():
+            parameter.data.copy_(weights[n])
+        if value_head:
+            try:
+                self.value_head.load_state_dict(head)
+            except RuntimeError:
+                raise UserError(f"checkpoint {folder} has another value head than ppo.value_hidden") from None
+
+
+def learning_rate(step, steps, peak, schedule, warmup=0):
+    """Learning rate of a step: linear warm-up over `warmup` steps, then constant or cosine to 1e-9."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return 1e-9 + 0.5 * (peak - 1e-9) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def save_state(folder, state):
+    """Optimiser, RNG and environment state of a checkpoint, in a form that `weights_only` loads."""
+    torch.save(state, folder / "trainer.pt")
+
+
+def load_state(folder):
+    """The state that `save_state` wrote. Raises: UserError if it is missing or damaged."""
+    try:
+        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {folder} is missing or damaged: {str(error).splitlines()[0]}") from None
+
+
+def peak_memory(device):
+    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _positions(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _numel(parameter):
+    state = getattr(parameter, "quant_state", None)  # a 4-bit tensor packs two weights per element
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device=cuda, but PyTorch sees no GPU here; use model.device=cpu")
+    return torch.device(name)
+
+
+def _load(model, device):
+    """Processor and base model through the Auto classes, 4-bit NF4 with double quantisation if asked."""
+    path, dtype = find_model(model.path), getattr(torch, model.dtype)
+    quantization = None if model.quantization == "none" else BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=model.keep_unquantized)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, quantization_config=quantization,
+                                                           device_map={"": device}, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if os.path.isdir(path) else "no such folder, and not on the hub"
+        raise UserError(f"model.path: cannot load {model.path!r}: {reason}") from None
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights for AVX512 at the first eval forward and then pass no gradient back
+            module.support_avx512bf16_for_cpu = False
+    return processor, base
