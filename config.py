@@ -28,6 +28,7 @@ SCHEMA = {
     "model.keep_unquantized": [str],
     "model.dtype": ("float32", "bfloat16"),
     "model.merge_for_sampling": bool,
+    "model.sample_tokens": (int, 1, INF),
     "model.max_new_tokens": (int, 1, 100_000),
     "lora.r": (int, 1, 10_000),
     "lora.alpha": (float, 0, INF),
@@ -83,7 +84,7 @@ SCHEMA = {
     "run.seed": (int, 0, 2**31),
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
-ELSEWHERE = ("model.device", "run.dir", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
+ELSEWHERE = ("model.device", "run.dir", "model.sample_tokens", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
              "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how far, never what is computed
 
 

@@ -121,7 +121,7 @@ class Policy:
     def __init__(self, model, lora, value_hidden=(), value_detach=True, seed=0):
         self.device = _device(model.device)
         self.max_new_tokens, self.merge_for_sampling = model.max_new_tokens, model.merge_for_sampling
-        self.value_detach = value_detach
+        self.sample_tokens, self.value_detach = model.sample_tokens, value_detach
         torch.manual_seed(seed)
         self.processor, base = _load(model, self.device)
         self.tokenizer = self.processor.tokenizer
@@ -164,16 +164,23 @@ class Policy:
     # ------------------------------------------------------------ sampling
     @torch.no_grad()
     def sample(self, prompts, temperature, generator, max_new_tokens=None):
-        """One answer per prompt, batched: prompts padded left, finished rows leave the batch.
+        """One answer per prompt, in batches of like length of at most model.sample_tokens padded prompt tokens.
 
         Args:
             prompts: list of N id lists. temperature: 0 = greedy. generator: torch.Generator on the policy's device.
         Returns: list of N Answers. An answer that reaches max_new_tokens has no end-of-turn token.
         """
+        answers = [None] * len(prompts)
         with self._merged():
-            return self._sample(prompts, temperature, generator, max_new_tokens or self.max_new_tokens)
+            for group in micro_batches([(Sequence(p, []), i) for i, p in enumerate(prompts)], self.sample_tokens):
+                batch = self._sample([s.ids for s, _ in group], temperature, generator,
+                                     max_new_tokens or self.max_new_tokens)
+                for (_, i), answer in zip(group, batch):
+                    answers[i] = answer
+        return answers
 
     def _sample(self, prompts, temperature, generator, limit):
+        """One batch: prompts padded left, finished rows leave it."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (N, T)
