@@ -81,10 +81,10 @@ SCHEMA = {
     "eval.runs": [str],
     "eval.transcripts": (int, 0, 1000),
     "run.dir": str,
-    "run.seed": (int, 0, 2**31),
+    "run.seed": (int, 0, 10_000_000),
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
-ELSEWHERE = ("model.device", "run.dir", "model.sample_tokens", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
+ELSEWHERE = ("model.device", "run.dir", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
              "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how far, never what is computed
 
 
@@ -154,6 +154,11 @@ def check(raw):
         raise UserError("lora: null tunes all parameters, which needs model.quantization=none")
     if clean["sft"]["init_step"] > clean["sft"]["steps"]:
         raise UserError("sft.init_step: Init is a step of the SFT run, so it cannot exceed sft.steps")
+    for key in ("splits", "temperatures", "variants"):
+        if not clean["eval"][key]:
+            raise UserError(f"eval.{key} is empty")
+    for name, changes in clean["eval"]["variants"].items():
+        _check(f"eval.variants.{name}", changes, dict)
     return clean
 
 

@@ -86,10 +86,13 @@ class Cells:
         self.cfg, self.path = cfg, Path(run_dir) / "evaluations.jsonl"
         self.policy, self.shape, self.loaded = None, None, None
         self.known, self.shown = {}, set()
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for line in lines:
             with suppress(ValueError):  # a line that a kill cut off is played again
                 cell = json.loads(line)
                 self.known[json.dumps(cell["key"])] = cell
+        if len(self.known) != len(lines):
+            write_atomic(self.path, "".join(json.dumps(cell) + "\n" for cell in self.known.values()))
 
     def key(self, checkpoint, variant, split, temperature, n):
         e = self.cfg.eval

@@ -111,7 +111,8 @@ def minibatches(packed, turns):
         groups[-1].append(item)
         count += len(item[1])
     if len(groups) > 1 and 2 * count < turns:
-        groups[-2] += groups.pop()
+        rest = groups.pop()
+        groups[-1] += rest
     return groups
 
 
@@ -169,7 +170,7 @@ def micro_step(policy, group, batch, ppo, count):
 def update(policy, optimizer, turns, advantages, returns, ppo, key, start, generator):
     """PPO epochs over one rollout. Returns: dict of statistics for the log. Raises: UserError on a non-finite loss."""
     packed = sequences_of(turns, ppo.envs)
-    if ppo.normalize_advantages:
+    if ppo.normalize_advantages and len(turns) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     batch = {"old": [t.logprobs for t in turns], "advantages": advantages, "returns": returns,
              "weights": [token_weights(policy, t, key, ppo.prefix_weight) for t in turns]}
@@ -198,7 +199,7 @@ def update(policy, optimizer, turns, advantages, returns, ppo, key, start, gener
     old_values = torch.tensor([t.value for t in turns])
     return {"kl_old": total["kl_old"] / n, "kl_start": total["kl_start"] / n,
             "clip_fraction": total["clipped"] / total["entries"], "entropy": total["entropy"] / n,
-            "explained_variance": float(1 - (returns - old_values).var() / (returns.var() + 1e-8)),
+            "explained_variance": float(1 - (returns - old_values).var(correction=0) / (returns.var(correction=0) + 1e-8)),
             "value_loss": total["value_loss"] / n, "ratio_gap": ratio_gap, "grad_norm": sum(norms) / len(norms)}
 
 

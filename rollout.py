@@ -19,12 +19,12 @@ def make_env(settings, verify_iters, **changes):
     """
     settings = {**settings, **changes}
     name = settings.pop("name", None)
-    if name not in ENVIRONMENTS:
+    if not isinstance(name, str) or name not in ENVIRONMENTS:
         raise UserError(f"env.name: {name!r} is none of {', '.join(ENVIRONMENTS)}")
     known = [p for p in inspect.signature(ENVIRONMENTS[name]).parameters if p != "verify_iters"]
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown key env.{key}{nearest(key, known)}")
+            raise UserError(f"unknown key env.{key}{nearest(str(key), known)}")
     try:
         return ENVIRONMENTS[name](**settings, verify_iters=verify_iters)
     except ValueError as error:

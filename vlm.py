@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import resource
 import warnings
 from contextlib import contextmanager
@@ -132,8 +133,8 @@ class Policy:
             try:
                 base = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0,
                                                        target_modules=lora.target_modules))
-            except ValueError as error:
-                raise UserError(f"lora.target_modules: {error}") from None
+            except (ValueError, re.error) as error:
+                raise UserError(f"lora.target_modules: {_line(error)}") from None
             for parameter in base.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
@@ -306,12 +307,15 @@ class Policy:
     def load(self, folder, value_head=True):
         """Take over the weights of a checkpoint of the same shape. Raises: UserError naming what is wrong with it."""
         lora = self.net is not self.base
-        name = "adapter_model.safetensors" if lora else "model.safetensors"
         try:
-            weights = load_file(folder / name, device=str(self.device))
+            if lora:
+                weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+            else:  # the Auto classes know how names on disk map to the model's
+                tuned = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.base.dtype)
+                weights = {n: p.data for n, p in tuned.named_parameters()}
             head = load_file(folder / "value_head.safetensors", device=str(self.device))
         except Exception as error:  # safetensors raises its own type for a damaged file
-            raise UserError(f"checkpoint {folder} is missing or damaged: {error}") from None
+            raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
             raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration")
@@ -343,7 +347,7 @@ def load_state(folder):
     try:
         return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {folder} is missing or damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None
 
 
 def peak_memory(device):
@@ -351,6 +355,11 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _line(error):
+    """An exception as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _positions(mask):
@@ -381,7 +390,7 @@ def _load(model, device):
         base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, quantization_config=quantization,
                                                            device_map={"": device}, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if os.path.isdir(path) else "no such folder, and not on the hub"
+        reason = _line(error) if os.path.isdir(path) else "no such folder, and not on the hub"
         raise UserError(f"model.path: cannot load {model.path!r}: {reason}") from None
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,5 +1,92 @@
-"""Puts the repository root on sys.path, so that the tests import the flat modules as the scripts do."""
+"""Puts the repository root on sys.path, so that the tests import the flat modules as the scripts do; shared fixtures.
+
+    python -m pytest tests            without the tests marked slow; those marked gpu skip where there is no GPU
+    python -m pytest tests --slow     all of them
+"""
+import copy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "mini" / "gp_l.yaml"
+sys.path.insert(0, str(ROOT))
+
+
+# ---------------------------------------------------------------- markers
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless --slow or -m is given")
+    config.addinivalue_line("markers", "gpu: needs CUDA")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow") and not config.getoption("-m"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+# ---------------------------------------------------------------- settings and policies (torch is imported on first use)
+@pytest.fixture(scope="session")
+def loaded():
+    """(cfg, raw) of the shipped mini configuration; use the fixtures below, which hand out copies."""
+    import config
+    return config.load([str(CONFIG)])[:2]
+
+
+@pytest.fixture
+def cfg(loaded):
+    return copy.deepcopy(loaded[0])
+
+
+@pytest.fixture
+def raw(loaded):
+    return copy.deepcopy(loaded[1])
+
+
+@pytest.fixture(scope="session")
+def make_policy(loaded):
+    """Factory of mini policies as shipped (NF4, fp32). Untrained LoRA is the identity and an untrained value head is 0,
+    which would hide mistakes, so both get random weights that depend on `noise` alone (0: leave them)."""
+    import torch
+    from vlm import Policy
+
+    def make(noise=1, seed=0, value_detach=True, **model):
+        settings = copy.deepcopy(loaded[0])
+        vars(settings.model).update(model)
+        policy = Policy(settings.model, settings.lora, settings.ppo.value_hidden, value_detach, seed)
+        if noise:
+            generator = torch.Generator().manual_seed(noise)
+            for name, parameter in [*policy.trainable.items(), *policy.value_head.named_parameters()]:
+                if "lora_B" in name or "net" in name:
+                    scale = 0.06 if "lora_B" in name else 0.2
+                    parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+        return policy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(make_policy):
+    """One policy for the tests that only read it."""
+    return make_policy()
+
+
+def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
+    """Turns of episodes played for real, side by side: after a few of them the prompts differ in length."""
+    import torch
+    from rollout import Play, make_env, training_seeds
+    games = Play([make_env(env, verify_iters) for _ in range(tables)], training_seeds(seed))
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    return [turn for _ in range(turns) for turn in games.turn(policy, temperature, generator)]

@@ -1,0 +1,337 @@
+"""The user's interface: settings, error messages, run directories; and the shape of the program itself. No torch here."""
+import ast
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import CONFIG, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import config
+from config import Run, UserError, arm_name, check, checkpoints, load
+
+
+PLAIN = yaml.safe_load(CONFIG.read_text())
+
+
+def refusal(*arguments):
+    """The message with which load() refuses the shipped configuration plus these overrides: always a single line."""
+    with pytest.raises(UserError) as error:
+        load([str(CONFIG), *arguments])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def contents(folder):
+    """Every path below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# ---------------------------------------------------------------- what is refused, and in which words
+@pytest.mark.parametrize("override, meant", [
+    ("ppo.clp=0.2", "ppo.clip"), ("ppo.verify_iter=1", "ppo.verify_iters"), ("pp.clip=0.2", "ppo.clip"),
+    ("model.pth=x", "model.path"), ("sft.lr_=1", "sft.lr"), ("eval.temperature=[1]", "eval.temperatures"),
+    ("rn.seed=1", "run.seed"), ("lora.rank=8", ""), ("seed=1", ""), ("ppo.clip.x=1", "ppo.clip")])
+def test_misspelt_override_names_the_nearest_key(override, meant):
+    message = refusal(override)
+    assert f"unknown key {override.split('=')[0]}" in message
+    assert meant in message.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("section, key, meant", [("ppo", "lamb", "lam"), ("sft", "batchsize", "batch_size"),
+                                                 ("model", "quantisation", "quantization"), ("run", 5, "")])
+def test_misspelt_key_in_the_file_names_the_nearest_key(raw, section, key, meant):
+    raw[section][key] = 1
+    with pytest.raises(UserError, match=f"unknown key {section}.{key}.*{meant}"):
+        check(raw)
+
+
+def test_misspelt_section_names_the_nearest_section(raw):
+    raw["pppo"] = raw.pop("ppo")
+    with pytest.raises(UserError, match="'pppo'.*ppo?"):
+        check(raw)
+
+
+def test_missing_key_or_section_is_named(raw):
+    for section, keys in raw.items():
+        rest = {k: v for k, v in raw.items() if k != section}
+        with pytest.raises(UserError, match=section):
+            check(rest)
+        for key in keys if section != "env" else ():
+            with pytest.raises(UserError, match=f"{section}.{key}"):
+                check({**raw, section: {k: v for k, v in keys.items() if k != key}})
+
+
+@pytest.mark.parametrize("override, reason", [
+    ("ppo.updates=many", "whole number"), ("ppo.updates=1.5", "whole number"), ("ppo.updates=true", "whole number"),
+    ("ppo.clip=wide", "number"), ("ppo.clip=true", "number"), ("ppo.clip=", "number"), ("ppo.clip=[0.1]", "number"),
+    ("ppo.normalize_advantages=1", "true or false"), ("ppo.normalize_advantages='true'", "true or false"),
+    ("ppo.init=3", "text"), ("ppo.value_hidden=8", "list"), ("ppo.value_hidden=[8, x]", "whole number"),
+    ("ppo.ratio=word", "turn, token"), ("model.device=gpu", "cpu, cuda, auto"), ("eval.variants=[ID]", "mapping"),
+    ("ppo=5", "unknown key"), ("lora=5", "mapping"), ("eval.splits=[all]", "mapping"), ("eval.splits={all: x}", "whole number"),
+    ("sft.steps=0", "between"), ("ppo.gamma=1.01", "between"), ("ppo.lr=-1e-6", "between"), ("ppo.lr=.nan", "between"),
+    ("ppo.temperature=0", "between"), ("eval.temperatures=[0.2, -1]", "between"), ("run.seed=-1", "between"),
+    ("sft.init_step=100000", "sft.init_step"), ("ppo.clip=[", "not YAML"), ("ppo.clip", "key=value")])
+def test_wrong_value_is_refused(override, reason):
+    message = refusal(override)
+    assert reason in message and override.split("=")[0] in message
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(sorted(config.SCHEMA)), st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3) | st.integers(), x, max_size=3), max_leaves=4))
+def test_any_value_is_either_taken_or_refused_in_words(key, value):
+    raw = dict(PLAIN)
+    section, _, name = key.partition(".")
+    raw[section] = {**raw[section], name: value} if name else value
+    try:
+        check(raw)
+    except UserError as error:
+        assert key in str(error) or key == "sft.steps"  # that one may also clash with sft.init_step
+
+
+def test_scientific_notation_becomes_a_number():
+    """YAML itself reads 1e-6 as text."""
+    cfg, raw, _ = load([str(CONFIG), "ppo.lr=1e-6", "ppo.clip=1", "eval.temperatures=[1, 2e-1]"])
+    assert yaml.safe_load("1e-6") == "1e-6" and cfg.ppo.lr == raw["ppo"]["lr"] == 1e-6
+    assert type(cfg.ppo.clip) is float and cfg.eval.temperatures == [1.0, 0.2]
+
+
+def test_overrides_reach_the_environment_and_the_last_one_counts():
+    cfg, *_ = load([str(CONFIG), "env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"])
+    assert cfg.env["rule"] == {"J": 1, "Q": 2, "K": 3} and cfg.ppo.envs == 3
+
+
+@pytest.mark.parametrize("text", [None, b"\x00\xff\xfe\x80", b"ppo: [1, 2", b"a: b: c", b"\tx: 1", b"just words", b"", b"- 1"])
+def test_unreadable_file_is_named(tmp_path, text):
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError, match="my.yaml") as error:
+        load([str(path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], [str(ROOT)]])
+def test_without_a_file_the_usage_is_shown(arguments):
+    with pytest.raises(UserError, match="CONFIG.yaml"):
+        load(arguments)
+
+
+def test_tuning_all_parameters_needs_unquantised_weights():
+    assert "model.quantization" in refusal("lora=null", "model.quantization=nf4")
+    assert load([str(CONFIG), "lora=null", "model.quantization=none"])[0].lora is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_configuration_loads_and_explains_every_key(path):
+    load([str(path)])
+    section = ""
+    for line in path.read_text().splitlines():
+        indent, key, rest = re.match(r"( *)([\w ]+)?(?::(.*))?", line).groups()
+        section = key if key and not indent else section
+        if len(indent) == 2 and key and rest is not None:
+            assert "#" in rest, f"{section}.{key} says nothing about itself"
+
+
+# ---------------------------------------------------------------- run directories
+@pytest.fixture
+def open_run(raw, tmp_path):
+    """open_run("sft", ["sft.lr=0.5"]) as the script would; the settings go into the YAML unless overrides are given."""
+    raw["run"]["dir"] = str(tmp_path)
+
+    def opened(script, changes=(), overrides=()):
+        settings = copy.deepcopy(raw)
+        for change in (*changes, *overrides):
+            config.override(settings, change)
+        return Run(script, check(settings), list(overrides))
+
+    return opened
+
+
+def test_arm_is_named_after_its_own_overrides():
+    assert arm_name("rl", []) == "rl"
+    assert arm_name("rl", ["ppo.verify_iters=1"]) == "rl-ppo.verify_iters=1"
+    assert arm_name("rl", ["ppo.gamma=1", "lora.r=8"]) == arm_name("rl", ["lora.r=8", "ppo.gamma=1"]) == "rl-lora.r=8-ppo.gamma=1"
+    # other arms' settings, how far and where to run do not make another arm
+    assert arm_name("rl", ["sft.lr=1", "eval.n=5", "run.dir=x/y", "model.device=cuda", "ppo.save_every=1"]) == "rl"
+    assert arm_name("sft", ["ppo.clip=1", "sft.steps=9", "sft.mistakes=2"]) == "sft-sft.mistakes=2"
+    assert "/" not in arm_name("rl", ["ppo.init=sft/step_5"])  # a folder, not a path
+
+
+def test_arms_do_not_share_a_folder(open_run, tmp_path):
+    folders = [open_run("sft").dir, open_run("rl").dir, open_run("rl", overrides=["ppo.verify_iters=1"]).dir]
+    assert len(set(folders)) == 3 and all(f.parent == tmp_path for f in folders)
+
+
+@pytest.mark.parametrize("script, change", [("sft", "sft.lr=0.5"), ("sft", "env.rule=face"), ("sft", "run.seed=1"),
+                                            ("rl", "ppo.clip=0.3"), ("rl", "lora.r=8"), ("rl", "model.max_new_tokens=9")])
+def test_folder_of_other_settings_is_refused_and_left_alone(open_run, tmp_path, script, change):
+    run = open_run(script)
+    with run.checkpoint(1) as folder:
+        (folder / "weights").write_text("precious")
+    run.log("metrics", {"step": 1})
+    run.log("metrics", {"step": 2})  # beyond the checkpoint: opening the run for real would drop it
+    (run.dir / ".tmp_2").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=change.split("=")[0]):
+        open_run(script, [change])
+    assert contents(tmp_path) == before
+    other = "sft" if script == "rl" else "ppo"  # what this arm does not use may change, and so may device and length
+    again = open_run(script, [f"{other}.lr=0.7", "model.device=auto", f"{'ppo' if script == 'rl' else 'sft'}.save_every=3"])
+    assert again.step == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"- a", b"lora: [", b"\xff\xfe\x00\x80"])
+def test_folder_with_unreadable_settings_is_refused(open_run, text):
+    (open_run("sft").dir / "config.yaml").write_bytes(text)
+    with pytest.raises(UserError, match="config.yaml|holds a run"):
+        open_run("sft")
+
+
+def test_run_dir_that_cannot_be_made_is_a_user_error(open_run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        open_run("sft", [f"run.dir={tmp_path}/file"])
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"step": 2, "rew', '{"step": 2, "answer": "é'.encode()[:-1], b"{}\n", b"7\n"],
+                         ids=["nothing", "half a line", "half a character", "no step", "no object"])
+def test_lines_beyond_the_last_checkpoint_are_dropped(open_run, rest):
+    run = open_run("rl")
+    with run.checkpoint(2) as folder:
+        (folder / "weights").write_text("w")
+    whole = []
+    for name in ("metrics", "transcripts"):
+        for step in (1, 2, 3):
+            run.log(name, {"step": step, "answer": "é"})
+        whole.append((run.dir / f"{name}.jsonl").read_bytes().splitlines(keepends=True)[:2])
+        with open(run.dir / f"{name}.jsonl", "ab") as file:
+            file.write(rest)  # a kill or a full disk
+    again = open_run("rl")
+    assert (again.step, again.last.name) == (2, "step_2")
+    assert [(run.dir / f"{n}.jsonl").read_bytes() for n in ("metrics", "transcripts")] == [b"".join(w) for w in whole]
+
+
+def test_answers_of_any_characters_survive_reopening(open_run):
+    """U+2028, U+0085 and their like end a line for str.splitlines, not in a JSON Lines file."""
+    run = open_run("rl")
+    with run.checkpoint(2) as folder:
+        (folder / "weights").write_text("w")
+    run.log("transcripts", {"step": 1, "answer": "a\u2028b\x85c\x1cd\re\nf"})
+    run.log("transcripts", {"step": 3, "answer": "beyond the checkpoint"})
+    first = (run.dir / "transcripts.jsonl").read_bytes().split(b"\n")[0]
+    open_run("rl")
+    assert (run.dir / "transcripts.jsonl").read_bytes() == first + b"\n"
+
+
+def test_without_a_checkpoint_a_run_starts_over(open_run):
+    run = open_run("sft")
+    run.log("metrics", {"step": 1})
+    again = open_run("sft")
+    assert (again.step, again.last) == (0, None) and (run.dir / "metrics.jsonl").read_text() == ""
+
+
+def test_checkpoint_appears_whole_or_not_at_all(open_run):
+    run = open_run("sft")
+    with run.checkpoint(9) as folder:
+        (folder / "a").write_text("1")
+        assert checkpoints(run.dir) == []  # not before it is complete
+    with pytest.raises(KeyboardInterrupt):
+        with run.checkpoint(10) as folder:
+            (folder / "a").write_text("half")
+            raise KeyboardInterrupt
+    (run.dir / ".tmp_11").mkdir()  # what a kill leaves behind
+    (run.dir / ".tmp_11" / "a").write_text("half")
+    for found in (run, open_run("sft")):
+        assert [(n, p.name) for n, p in checkpoints(found.dir)] == [(9, "step_9")]
+    assert sorted(p.name for p in run.dir.iterdir()) == ["config.yaml", "step_9"]  # opening it again swept up
+
+
+def test_checkpoints_are_in_the_order_of_numbers(open_run, tmp_path):
+    for name in ("step_10", "step_9", "step_100", "step_x", "step_", ".tmp_200"):
+        (tmp_path / "sft" / name).mkdir(parents=True)
+    assert [n for n, _ in checkpoints(tmp_path / "sft")] == [9, 10, 100]
+    assert open_run("sft").step == 100
+
+
+# ---------------------------------------------------------------- scripts as a user runs them
+def gpu():
+    return shutil.which("nvidia-smi") is not None
+
+
+@pytest.mark.parametrize("script, override, named", [
+    ("sft.py", "ppo.clp=0.2", "ppo.clip"),
+    ("sft.py", "model.path=/no/such/model", "/no/such/model"),
+    pytest.param("sft.py", "model.device=cuda", "model.device", marks=pytest.mark.skipif(gpu(), reason="there is a GPU")),
+    ("rl.py", "ppo.init=sft/step_7", "sft/step_7"),
+    ("rl.py", "ppo.init=damaged", "damaged")])
+def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, named):
+    """Whatever libraries have to say while loading, the user sees the error alone; and nothing has been written."""
+    (tmp_path / "damaged").mkdir()
+    for name in ("adapter_model.safetensors", "value_head.safetensors", "trainer.pt"):
+        (tmp_path / "damaged" / name).write_bytes(b"not a tensor in sight")
+    before = contents(tmp_path)
+    done = subprocess.run([sys.executable, script, str(CONFIG), f"run.dir={tmp_path}", override], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and contents(tmp_path) == before
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
+    def main(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_main(main)
+    assert stop.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- the shape of the program
+PROGRAM = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
+MAY_IMPORT = {"config": set(), "gp": set(), "virl": set(), "vlm": {"config"}, "rollout": {"gp", "virl", "config", "vlm"}}
+LEAF = {"config", "rollout", "vlm"}  # sft, rl and eval know no environment and not each other
+FILES = pytest.mark.parametrize("name", sorted(PROGRAM))
+
+
+def imported(tree):
+    """Top-level names of every import of a file, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+@FILES
+def test_imports_form_a_tree(name):
+    modules = set(imported(PROGRAM[name]))
+    assert modules & set(PROGRAM) <= MAY_IMPORT.get(name, LEAF)
+    if name in ("config", "gp", "virl"):
+        assert not modules & {"torch", "transformers", "numpy"}
+
+
+@FILES
+def test_nothing_is_evaluated_unpickled_or_swallowed(name):
+    for node in ast.walk(PROGRAM[name]):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except in line {node.lineno}"
+        elif isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            assert call not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "yaml.load"), node.lineno
+            if call == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", ["sft", "rl", "eval", "vlm"])
+def test_trainers_name_no_environment(name):
+    strings = {node.value for node in ast.walk(PROGRAM[name]) if isinstance(node, ast.Constant)}
+    assert not strings & {"gp", "virl", "GeneralPoints", "Navigation"}

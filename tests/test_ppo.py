@@ -1,0 +1,312 @@
+"""The mathematics of PPO over turns, of batching and of the bootstrap, against numbers worked out by hand."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import play
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rl
+from config import UserError
+from eval import cluster_weights, differences, interval
+from rl import gae, minibatches, ppo_loss, token_weights
+from vlm import Sequence, learning_rate, micro_batches, pack, token_logprobs
+
+FUZZ = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+T, F = True, False
+
+
+def close(a, b, **tolerance):
+    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), **{"rtol": 1e-6, "atol": 1e-7, **tolerance})
+
+
+# ---------------------------------------------------------------- gae
+REWARDS, VALUES = torch.tensor([1., 2., 3.]), torch.tensor([0.5, 1., 1.5])
+
+
+@pytest.mark.parametrize("dones, advantages", [  # gamma = lam = 0.5, so gamma * lam = 0.25, and V(s_T) = 2
+    # deltas 1 + 0.5*1 - 0.5 = 1, 2 + 0.5*1.5 - 1 = 1.75, 3 + 0.5*2 - 1.5 = 2.5
+    ([F, F, F], [1 + 0.25 * (1.75 + 0.25 * 2.5), 1.75 + 0.25 * 2.5, 2.5]),
+    # the last turn ends its episode: V(s_T) belongs to another one; delta 3 - 1.5 = 1.5
+    ([F, F, T], [1 + 0.25 * (1.75 + 0.25 * 1.5), 1.75 + 0.25 * 1.5, 1.5]),
+    # the second one does: delta 2 - 1 = 1, and the first turn sees nothing of the third
+    ([F, T, F], [1 + 0.25 * 1, 1, 2.5]),
+    ([T, T, T], [0.5, 1, 1.5])])
+def test_gae_by_hand(dones, advantages):
+    got, returns = gae(REWARDS, VALUES, torch.tensor(dones), torch.tensor(2.), 0.5, 0.5)
+    close(got, advantages)
+    close(returns, torch.tensor(advantages) + VALUES)
+
+
+def test_gae_at_lambda_1_is_the_discounted_return():
+    """Five answers of one hand, four wrong: R = -1 - 0.9 - 0.81 - 0.729 + 5 * 0.6561."""
+    _, returns = gae(torch.tensor([-1., -1, -1, -1, 5]), torch.randn(5), torch.tensor([F, F, F, F, T]), torch.tensor(9.), 0.9, 1.0)
+    close(returns[0], -0.1585, atol=1e-5)
+
+
+def test_gae_leaks_nothing_across_the_end_of_an_episode():
+    dones = torch.tensor([F, T, F, F])
+    one, _ = gae(torch.tensor([1., 2, 3, 4]), torch.tensor([.1, .2, .3, .4]), dones, torch.tensor(5.), 0.9, 0.95)
+    two, _ = gae(torch.tensor([1., 2, -9, 8]), torch.tensor([.1, .2, 7., -3]), dones, torch.tensor(-6.), 0.9, 0.95)
+    assert torch.equal(one[:2], two[:2]) and not torch.isclose(one[2:], two[2:]).any()
+
+
+def test_gae_of_many_tables_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 7, 5, generator=generator)
+    dones, last = torch.rand(7, 5, generator=generator) < 0.3, torch.randn(5, generator=generator)
+    together = gae(rewards, values, dones, last, 0.9, 0.95)
+    for n in range(5):
+        alone = gae(rewards[:, n], values[:, n], dones[:, n], last[n], 0.9, 0.95)
+        assert all(torch.equal(t[:, n], a) for t, a in zip(together, alone))
+
+
+@pytest.mark.parametrize("wrong", ["rewards", "values", "dones", "last_value"])
+def test_gae_refuses_shapes_that_differ(wrong):
+    given = {"rewards": torch.zeros(3, 2), "values": torch.zeros(3, 2), "dones": torch.zeros(3, 2, dtype=torch.bool),
+             "last_value": torch.zeros(2)}
+    given[wrong] = given[wrong][:1]
+    with pytest.raises(ValueError):
+        gae(**given, gamma=0.9, lam=0.95)
+
+
+# ---------------------------------------------------------------- loss
+@pytest.mark.parametrize("ratio, advantage, loss, gradient, outside", [  # clip 0.1; gradient in log pi = -ratio * A or 0
+    (1.0, 3.0, -3.0, -3.0, 0), (1.05, 2.0, -2.1, -2.1, 0), (0.95, -2.0, 1.9, 1.9, 0),
+    (1.2, 2.0, -2.2, 0.0, 1),  # good and already likelier: no further
+    (1.2, -2.0, 2.4, 2.4, 1),  # bad and likelier: pushed back in full
+    (0.8, 2.0, -1.6, -1.6, 1), (0.8, -2.0, 1.8, 0.0, 1)])
+def test_ppo_loss_by_hand(ratio, advantage, loss, gradient, outside):
+    log_ratio = torch.tensor([math.log(ratio)], requires_grad=True)
+    got, clipped = ppo_loss(log_ratio, torch.tensor([advantage]), 0.1)
+    got.backward()
+    close(got, loss, rtol=1e-5)
+    close(log_ratio.grad, [gradient], rtol=1e-5)
+    assert int(clipped) == outside
+
+
+def test_ppo_loss_is_a_sum_so_that_parts_add_up():
+    log_ratio, advantages = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    whole = ppo_loss(log_ratio, advantages, 0.1)
+    parts = [ppo_loss(log_ratio[i:j], advantages[i:j], 0.1) for i, j in ((0, 2), (2, 3), (3, 9))]
+    close(whole[0], sum(loss for loss, _ in parts), rtol=1e-5)
+    assert int(whole[1]) == sum(int(n) for _, n in parts)
+
+
+def test_token_logprobs_by_hand():
+    """Logits 0, ln 2 / 2, ln 5 / 2 at temperature 0.5 are the odds 1 : 2 : 5."""
+    logits = torch.tensor([[0, math.log(2) / 2, math.log(5) / 2]]).repeat(3, 1)
+    chosen, entropy = token_logprobs(logits, torch.tensor([0, 1, 2]), 0.5)
+    close(chosen.exp(), [1 / 8, 2 / 8, 5 / 8], rtol=1e-5)
+    close(entropy, [-sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))] * 3, rtol=1e-5)
+
+
+def test_a_token_that_cannot_be_sampled_adds_nothing():
+    logits = torch.tensor([[0., 0., -math.inf]], requires_grad=True)
+    chosen, entropy = token_logprobs(logits, torch.tensor([0]))
+    (chosen + entropy).sum().backward()
+    close(chosen, [-math.log(2)])
+    close(entropy, [math.log(2)])
+    close(logits.grad, [[0.5, -0.5, 0]])
+
+
+def test_learning_rate_by_hand():
+    constant = [learning_rate(s, 10, 0.4, "constant", 4) for s in range(10)]
+    assert constant == pytest.approx([0.1, 0.2, 0.3, 0.4] + [0.4] * 6)
+    cosine = [learning_rate(s, 14, 0.4, "cosine", 4) for s in range(15)]
+    assert cosine[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert cosine[9] == pytest.approx(0.2) and cosine[14] == pytest.approx(1e-9) and cosine[4:] == sorted(cosine[4:])[::-1]
+    assert learning_rate(0, 1, 0.4, "cosine") == pytest.approx(0.4)
+
+
+# ---------------------------------------------------------------- batching
+@FUZZ
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.integers(1, 12))
+def test_minibatches_hold_every_turn_once(sizes, wanted):
+    packed, start = [], 0
+    for size in sizes:
+        packed.append((Sequence([], []), list(range(start, start + size))))
+        start += size
+    groups = minibatches(packed, wanted)
+    assert [i for group in groups for _, members in group for i in members] == list(range(start))
+    counts = [sum(len(members) for _, members in group) for group in groups]
+    assert min(counts) >= wanted / 2 or len(counts) == 1  # no step on a handful of turns
+    assert max(counts) < wanted + 5 + wanted / 2
+
+
+def test_pack_joins_what_extends():
+    turns = [([1, 2], [3]), ([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4, 5, 6, 7], [8]),  # one conversation
+             ([1, 2, 9, 4], [5]),  # another one: it differs from what came before
+             ([1, 2], [3]),  # shorter than what came before
+             ([1, 2, 3], [4])]  # extends it by nothing: still the same conversation
+    packed = pack(turns)
+    assert [members for _, members in packed] == [[0, 1, 2], [3], [4, 5]]
+    assert packed[0][0] == Sequence([1, 2, 3, 4, 5, 6, 7, 8], [(2, 3), (4, 6), (7, 8)])
+    for sequence, members in packed:
+        assert [sequence.ids[a:b] for a, b in sequence.spans] == [turns[i][1] for i in members]
+        assert [sequence.ids[:a] for a, _ in sequence.spans] == [turns[i][0] for i in members]
+
+
+@FUZZ
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 100))
+def test_micro_batches_lose_nothing_and_fit(lengths, limit):
+    groups = micro_batches([(Sequence([0] * n, []), [i]) for i, n in enumerate(lengths)], limit)
+    assert sorted(i for group in groups for _, (i,) in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(len(s.ids) for s, _ in group) <= limit
+
+
+def test_token_weights_change_with_the_token_that_completes_the_key():
+    words = ['{"cards": [], ', '"for', 'mula', '": ', '"1+2"', ', "formula"']  # the key comes twice, the first counts
+    reader = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids))
+    weigh = lambda ids, w: token_weights(reader, SimpleNamespace(answer=ids), '"formula"', w).tolist()  # noqa: E731
+    assert weigh([0, 1, 2, 3, 4, 5], 0.5) == [0.5, 0.5, 0.5, 1, 1, 1]
+    assert weigh([5, 4], 0.5) == [1, 1]
+    assert weigh([0, 4, 4], 0.5) == [0.5] * 3  # it never comes
+    assert weigh([0, 1, 2, 3], 1) == [1] * 4
+    assert weigh([0, 1, 2, 3], 0) == [0, 0, 0, 1]
+
+
+# ---------------------------------------------------------------- one update of the mini model
+@pytest.fixture(scope="module")
+def free_policy(make_policy):
+    """With the value head's gradient reaching the model, so that all three losses meet in the same weights."""
+    return make_policy(value_detach=False)
+
+
+@pytest.fixture(scope="module")
+def turns(free_policy, loaded):
+    return play(free_policy, loaded[0].env, 0.7, tables=5, turns=3)
+
+
+class Recorder:
+    """Stands in for the optimiser: keeps the gradients of every step and leaves the weights alone."""
+
+    def __init__(self, policy):
+        self.parameters = {**policy.trainable, **{f"value_head.{n}": p for n, p in policy.value_head.named_parameters()}}
+        self.steps = []
+
+    def zero_grad(self):
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def step(self):
+        self.steps.append({n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None})
+
+
+def gradients(policy, turns, ppo, advantages=None, **changes):
+    """({name: gradient} of each optimiser step, logged statistics) of one update with unclipped gradients."""
+    vars(ppo).update({"envs": 5, "turns": 3, "epochs": 1, "minibatch": 999, "max_grad_norm": 1e9,
+                      "temperature": 0.7, "clip": 0.1, **changes})
+    generator, recorder = torch.Generator().manual_seed(1), Recorder(policy)
+    noise = torch.randn(2, len(turns), generator=generator)
+    advantages = noise[0] if advantages is None else advantages
+    start = {n: p * 1.1 for n, p in policy.snapshot().items()}
+    stats = rl.update(policy, recorder, turns, advantages, noise[1], ppo, '"formula"', start, generator)
+    return recorder.steps, stats
+
+
+def assert_same_gradients(a, b, rtol=1e-4):
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].abs().max() > 0, name
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("ratio", ["turn", "token"])
+def test_micro_batches_add_up_to_the_gradient_of_one_batch(free_policy, turns, cfg, ratio):
+    """Old log-probs are moved, so that some ratios are clipped; every term of the loss is on."""
+    generator = torch.Generator().manual_seed(0)
+    moved = [SimpleNamespace(**{**vars(t), "logprobs": t.logprobs + 0.05 * torch.randn(len(t.answer), generator=generator)})
+             for t in turns]
+    changes = {"ratio": ratio, "entropy_coef": 0.1, "kl_coef": 0.1, "value_coef": 0.5}
+    (whole,), big = gradients(free_policy, moved, cfg.ppo, micro_tokens=10**6, **changes)
+    (parts,), small = gradients(free_policy, moved, cfg.ppo, micro_tokens=1, **changes)
+    assert 0 < big["clip_fraction"] < 1
+    assert_same_gradients(whole, parts)
+    assert small == pytest.approx(big, rel=1e-4)
+
+
+@pytest.mark.parametrize("ratio", ["turn", "token"])
+def test_first_step_is_the_policy_gradient(free_policy, turns, cfg, ratio):
+    """At ratio 1 PPO is REINFORCE: mean over turns of -A * weighted log-prob of the whole answer, or, per token,
+    mean over tokens of -A * log-prob; plus the value loss. Each turn is scored here on its own."""
+    (got,), stats = gradients(free_policy, turns, cfg.ppo, ratio=ratio, kl_coef=0, entropy_coef=0, value_coef=0.5,
+                              normalize_advantages=False, prefix_weight=0.5)
+    noise = torch.randn(2, len(turns), generator=torch.Generator().manual_seed(1))
+    recorder, loss, values = Recorder(free_policy), 0, 0
+    recorder.zero_grad()
+    for turn, advantage, target in zip(turns, *noise):
+        out = free_policy.score([Sequence(turn.prompt + turn.answer, [(len(turn.prompt), len(turn.prompt + turn.answer))])], 0.7)
+        weights = token_weights(free_policy, turn, '"formula"', 0.5) if ratio == "turn" else 1
+        loss = loss - advantage * (weights * out["logprobs"]).sum()
+        values = values + (out["values"][0] - target) ** 2
+    entries = len(turns) if ratio == "turn" else sum(len(t.answer) for t in turns)
+    (loss / entries + 0.5 * values / len(turns)).backward()
+    recorder.step()
+    assert_same_gradients(got, recorder.steps[0], rtol=1e-3)
+    assert stats["ratio_gap"] < 1e-4 and stats["clip_fraction"] == 0 and abs(stats["kl_old"]) < 1e-6
+
+
+def test_every_epoch_trains_on_every_turn_once(free_policy, turns, cfg, monkeypatch):
+    seen, micro_step = [], rl.micro_step
+    monkeypatch.setattr(rl, "micro_step", lambda policy, group, *rest: (
+        seen.extend(i for _, members in group for i in members), micro_step(policy, group, *rest))[1])
+    steps, _ = gradients(free_policy, turns, cfg.ppo, epochs=3, minibatch=5, micro_tokens=100, kl_coef=0)
+    epochs = [seen[k:k + len(turns)] for k in range(0, len(seen), len(turns))]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(len(turns)))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] and len(steps) >= 6  # in another order each time, in several steps
+
+
+def test_kl_to_the_start_counts(free_policy, turns, cfg):
+    (without,), zero = gradients(free_policy, turns, cfg.ppo, kl_coef=0)
+    (with_kl,), some = gradients(free_policy, turns, cfg.ppo, kl_coef=0.5)
+    assert zero["kl_start"] == 0 < some["kl_start"]
+    assert any(not torch.allclose(without[n], with_kl[n]) for n in without)
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(free_policy, turns, cfg):
+    for name in ("lr", "minibatch"):  # whatever its cause
+        recorder = Recorder(free_policy)
+        with pytest.raises(UserError, match="finite"):
+            rl.update(free_policy, recorder, turns, torch.full((len(turns),), math.nan), torch.zeros(len(turns)),
+                      SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, name: 1}), '"formula"', None,
+                      torch.Generator().manual_seed(0))
+        assert recorder.steps == []
+
+
+# ---------------------------------------------------------------- bootstrap
+def test_whole_clusters_are_drawn():
+    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0, 3/4 and 1."""
+    weights = cluster_weights(["b", "a", "b", "b"])
+    values = torch.tensor([1., 0, 1, 1])
+    assert weights.shape[1] == 4 and set(((weights @ values) / weights.sum(1)).tolist()) == {0, 0.75, 1}
+    assert interval([1, 0, 1, 1], weights) == (0.75, 0, 1)
+
+
+def test_one_cluster_has_no_width():
+    mean, low, high = interval([0, 1, 1, 0, 1], cluster_weights(["same"] * 5))
+    assert mean == pytest.approx(0.6) and low == high == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
+    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every coin narrows nothing."""
+    values = [float(i % 10 < 3) for i in range(400) for _ in range(copies)]
+    mean, low, high = interval(values, cluster_weights([i for i in range(400) for _ in range(copies)]))
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert mean == pytest.approx(0.3, abs=1e-5)
+    assert mean - low == pytest.approx(half, rel=0.1) and high - mean == pytest.approx(half, rel=0.1)
+
+
+def test_paired_difference_of_identical_arms_is_exactly_zero():
+    one = {"first": [0, 1] * 50, "solved": [1, 1, 0, 1] * 25, "cluster": [i // 3 for i in range(100)]}
+    two = {**one, "solved": [1, 1, 1, 1] + one["solved"][4:]}  # one hand more
+    cells = {"a": one, "b": one, "c": two}
+    e = SimpleNamespace(splits=["all"], variants={"ID": {}}, temperatures=[0.2])
+    same, other = differences(lambda arm, *_: cells[arm], [("a", "b"), ("c", "a")], e)
+    assert same["first"] == same["solved"] == [0, 0, 0]
+    mean, low, high = other["solved"]  # in points; the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
+    assert mean == pytest.approx(1) and low == 0 and 2 < high < 5

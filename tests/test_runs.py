@@ -1,0 +1,337 @@
+"""Whole runs at tiny settings through the scripts' own main(): repeatable, resumable at any moment, evaluated as one table."""
+import contextlib
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIG, ROOT
+from safetensors.torch import load_file
+
+import eval as evaluation
+import rl
+import sft
+from config import Run, UserError, checkpoints
+from config import override as override_one
+from rollout import make_env
+
+TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8", "ppo.init=sft/step_2", "ppo.updates=3",
+        "ppo.save_every=1", "ppo.temperature=0.7", "ppo.envs=6", "ppo.turns=2", "ppo.minibatch=4", "ppo.epochs=2", "eval.splits={all: 8}",
+        "eval.curve_n=4", "eval.batch_size=8", "eval.temperatures=[0.2, 0]")
+MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
+
+
+def run(script, folder, *overrides):
+    """main() as `python script.py CONFIG ...` would call it. The tiny settings live in a YAML file, so that they do not
+    name the arm."""
+    settings = yaml.safe_load(CONFIG.read_text())
+    for override in TINY:
+        override_one(settings, override)
+    path = folder.parent / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    MAIN[script]([str(path), f"run.dir={folder}", *overrides])
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def log(folder, name="metrics"):
+    """What a run logged, but for what depends on the machine's mood."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_gib")} for r in lines(folder / f"{name}.jsonl")]
+
+
+def assert_same_run(one, two):
+    assert log(one) == log(two) and [n for n, _ in checkpoints(one)] == [n for n, _ in checkpoints(two)]
+    (_, a), (_, b) = checkpoints(one)[-1], checkpoints(two)[-1]
+    weights = sorted(p.name for p in a.glob("*.safetensors"))
+    assert len(weights) == 2
+    for name in weights:
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An SFT and a PPO run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run("sft", folder)
+    return run("rl", folder)
+
+
+@pytest.fixture
+def after_sft(whole, tmp_path):
+    """A fresh run directory that has the SFT arm already."""
+    shutil.copytree(whole / "sft", tmp_path / "run" / "sft")
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+def test_sft_logs_every_step(whole):
+    records = lines(whole / "sft" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
+    assert [n for n, _ in checkpoints(whole / "sft")] == [2, 4, 5]  # every second, Init's and the last
+    assert all(math.isfinite(v) for r in records for k, v in r.items() if k != "tokens")
+
+
+def test_ppo_logs_what_its_docstring_says(whole):
+    records, text = lines(whole / "rl" / "metrics.jsonl"), " ".join(rl.__doc__.split())
+    assert [r["step"] for r in records] == [1, 2, 3] and [n for n, _ in checkpoints(whole / "rl")] == [1, 2, 3]
+    for record in records:
+        assert all(key in text for key in record if key != "step")
+        assert record["ratio_gap"] < 1e-4  # sampling and scoring agree, so that the first ratio is 1
+        assert math.isclose(sum(record["answers"].values()), 1, abs_tol=1e-3)
+    first = lines(whole / "rl" / "transcripts.jsonl")[0]
+    assert first["answer"] and first["reward"] in (5, -1, -2, -3) and first["attempt"] == 1
+
+
+def test_ppo_starts_from_init_and_its_compute(whole, after_sft):
+    """At learning rate 0 the arm ends as Init, at KL 0. Init's FLOPs are on its bill (X_RL of the paper's C.3)."""
+    run("rl", after_sft, "ppo.lr=0", "ppo.updates=1")
+    (folder,) = after_sft.glob("rl-*")
+    end, init = (f / "adapter_model.safetensors" for f in (folder / "step_1", whole / "sft/step_2"))
+    assert end.read_bytes() == init.read_bytes()
+    (still,), (moving, *_) = log(folder), log(whole / "rl")
+    assert abs(still["kl_start"]) < 1e-6 < moving["kl_start"]
+    init = log(whole / "sft")[1]
+    assert still["tokens"]["train"] > init["tokens"]["train"] and still["gflops"] > init["gflops"]
+    n = init["gflops"] / 6 / init["tokens"]["train"]
+    assert still["gflops"] == pytest.approx(n * (6 * still["tokens"]["train"] + 2 * still["tokens"]["inference"]))
+
+
+# ---------------------------------------------------------------- the same again, undisturbed or not
+def test_same_seed_same_numbers_and_other_seed_others(whole, after_sft, tmp_path):
+    assert_same_run(run("sft", tmp_path / "again") / "sft", whole / "sft")
+    assert_same_run(run("rl", after_sft) / "rl", whole / "rl")
+    assert log(after_sft / "rl", "transcripts") == log(whole / "rl", "transcripts")
+    assert log(run("sft", tmp_path / "other", "run.seed=1") / "sft") != log(whole / "sft")
+
+
+def stop_after(monkeypatch, records):
+    """Ctrl-C right after that many lines of metrics."""
+    log_line, left = Run.log, [records]
+
+    def interrupted(self, name, record):
+        log_line(self, name, record)
+        left[0] -= name == "metrics"
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", interrupted)
+
+
+def stop_in_checkpoint(monkeypatch, module, number):
+    """Ctrl-C in the middle of writing that checkpoint: the weights are there, the trainer's state is cut off."""
+    left = [number]
+
+    def interrupted(folder, state):
+        left[0] -= 1
+        if not left[0]:
+            (folder / "trainer.pt").write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(folder, state)
+
+    save = module.save_state
+    monkeypatch.setattr(module, "save_state", interrupted)
+
+
+STOPS = [("sft", "step", 1), ("sft", "step", 3), ("sft", "step", 4), ("sft", "checkpoint", 2),
+         ("rl", "step", 1), ("rl", "step", 3), ("rl", "checkpoint", 1), ("rl", "checkpoint", 2)]
+
+
+@pytest.mark.parametrize("script, where, k", STOPS, ids=str)
+def test_stopped_and_continued_is_the_run_undisturbed(whole, tmp_path, monkeypatch, script, where, k):
+    """Stopped before the first checkpoint, between two, after one, and while writing one; save_every is 2 and 1."""
+    folder = tmp_path / "run"
+    if script == "rl":
+        shutil.copytree(whole / "sft", folder / "sft")
+    with monkeypatch.context() as patch:
+        if where == "step":
+            stop_after(patch, k)
+        else:
+            stop_in_checkpoint(patch, sys.modules[script], k)
+        with pytest.raises(KeyboardInterrupt):
+            run(script, folder)
+    run(script, folder)
+    assert_same_run(folder / script, whole / script)
+    if script == "rl":
+        assert log(folder / "rl", "transcripts") == log(whole / "rl", "transcripts")
+    before = log(folder / script)
+    run(script, folder)  # a finished run has nothing left to do
+    assert log(folder / script) == before
+
+
+def test_where_and_how_far_may_change_on_the_way(whole, tmp_path):
+    """What may change between stop and resume does not change the numbers: the number of steps is one of these."""
+    run("sft", tmp_path / "run", "sft.steps=4", "sft.save_every=1")
+    run("sft", tmp_path / "run")
+    assert log(tmp_path / "run" / "sft") == log(whole / "sft")
+
+
+@pytest.mark.slow
+def test_killed_while_writing_a_checkpoint(whole, tmp_path):
+    code = ("import os, signal, sys; sys.path[:0] = ['.', 'tests']; import sft, test_runs; from pathlib import Path\n"
+            "def kill(folder, state): (folder / 'trainer.pt').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+            "save, sft.save_state = sft.save_state, lambda f, s: kill(f, s) if f.name == '.tmp_4' else save(f, s)\n"
+            f"test_runs.run('sft', Path({str(tmp_path / 'run')!r}))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=600).returncode == -9
+    assert [n for n, _ in checkpoints(tmp_path / "run" / "sft")] == [2] and (tmp_path / "run/sft/.tmp_4").is_dir()
+    run("sft", tmp_path / "run")
+    assert_same_run(tmp_path / "run" / "sft", whole / "sft")
+
+
+# ---------------------------------------------------------------- the settings that the paper varies
+def finite(value):
+    return all(map(finite, value.values())) if isinstance(value, dict) else value is None or math.isfinite(value)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["ppo.ratio=token"], ["ppo.kl_coef=0"], ["ppo.value_hidden=[8]"], ["ppo.value_detach=false"], ["ppo.verify_iters=1"],
+    ["ppo.entropy_coef=0.01", "ppo.schedule=cosine"], ["ppo.envs=1", "ppo.turns=1"],
+    ["ppo.init=none", "ppo.normalize_advantages=false"]], ids=str)
+def test_variants_of_ppo_run(after_sft, overrides):
+    run("rl", after_sft, "ppo.updates=1", *overrides)
+    (folder,) = after_sft.glob("rl-*")
+    (record,) = lines(folder / "metrics.jsonl")
+    assert finite(record), record
+    assert [n for n, _ in checkpoints(folder)] == [1]
+    if overrides == ["ppo.verify_iters=1"]:
+        assert record["first_attempt"] == record["success"]
+        assert all(r["attempt"] == 1 for r in lines(folder / "transcripts.jsonl"))
+
+
+def test_example_after_mistakes(cfg):
+    """The prompt holds the wrong attempts and the verifier's texts, the expert has the last word and is right."""
+    env, lengths = make_env(cfg.env, 3), set()
+    for seed in range(30):
+        messages, answer = sft.example(env, seed, 2)
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) + ["user"]
+        assert all(m["content"].startswith("You failed this trial: ") for m in messages[2::2])
+        assert env.step(answer)[1] == 5
+        assert sft.example(env, seed, 2) == (messages, answer)
+        lengths.add(len(messages))
+    assert lengths == {1, 3, 5}
+    assert all(len(sft.example(env, seed, 0)[0]) == 1 for seed in range(5))
+
+
+def test_sft_on_mistakes_runs(tmp_path):
+    run("sft", tmp_path / "run", "sft.mistakes=2", "sft.steps=2")
+    (folder,) = (tmp_path / "run").glob("sft*")
+    assert folder.name == "sft-sft.mistakes=2" and len(lines(folder / "metrics.jsonl")) == 2
+
+
+def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):
+    full = ["lora=null", "model.quantization=none", "sft.lr=1e-4", "sft.steps=3", "sft.save_every=1"]
+    run("sft", tmp_path / "whole", *full)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", tmp_path / "parts", *full)
+    run("sft", tmp_path / "parts", *full)
+    (one,), (two,) = ((tmp_path / name).glob("sft*") for name in ("whole", "parts"))
+    assert_same_run(one, two)
+    base, tuned = load_file(ROOT / "mini/gp/model.safetensors"), load_file(one / "step_3/model.safetensors")
+    assert set(base) == set(tuned)
+    assert any(not torch.equal(base[n].float(), tuned[n].float()) for n in base if "embed_tokens" in n)
+    run("rl", tmp_path / "whole", *full, "ppo.updates=1", f"ppo.init={one.name}/step_2", "ppo.lr=1e-6")
+
+
+# ---------------------------------------------------------------- evaluation
+@pytest.fixture(scope="module")
+def evaluated(whole, tmp_path_factory):
+    """(run directory, what eval.py printed)."""
+    folder, printed = tmp_path_factory.mktemp("evaluated") / "run", io.StringIO()
+    shutil.copytree(whole, folder)
+    with contextlib.redirect_stdout(printed):
+        run("eval", folder)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(evaluation, "Policy", refuse)
+
+
+def test_evaluation_shows_every_arm(evaluated):
+    folder, printed = evaluated
+    for word in ("Init", "sft", "rl", "ID", "rule OOD", "greedy", "T = 0.2", "rl - Init", "sft - Init", "rl - sft"):
+        assert word in printed
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert len(report["table"]) == 2 * 2 * 3 and all(r["n"] == 8 for r in report["table"])
+    for row in report["table"]:
+        for name in ("first", "solved"):
+            mean, low, high = row[name]
+            assert 0 <= low <= mean + 1e-3 and mean - 1e-3 <= high <= 100.001
+        assert row["first"][0] <= row["solved"][0]
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_play_the_same_hands_at_equal_compute(evaluated):
+    folder, _ = evaluated
+    hands = {}
+    for cell in lines(folder / "evaluations.jsonl"):
+        checkpoint, _, env, split, temperature, n, *_ = cell["key"]
+        hands.setdefault((json.dumps(env), split, n), []).append(cell["cluster"])
+    assert all(len(c) >= 3 and all(x == c[0] for x in c) for c in hands.values())  # paired
+    assert len({str(c[0]) for c in hands.values()}) == len(hands)
+    report = json.loads((folder / "evaluation.json").read_text())
+    available = {p: torch.load(p / "trainer.pt", weights_only=True)["gflops"] for _, p in checkpoints(folder / "sft")}
+    assert report["gflops"]["sft"] == min(available.values(), key=lambda g: abs(g - report["gflops"]["rl"]))
+    assert report["gflops"]["Init"] == available[folder / "sft/step_2"]
+
+
+def test_second_evaluation_plays_nothing_and_says_the_same(evaluated, no_model, capsys):
+    folder, printed = evaluated
+    before = (folder / "evaluations.jsonl").read_bytes()
+    run("eval", folder)
+    assert capsys.readouterr().out == printed and (folder / "evaluations.jsonl").read_bytes() == before
+
+
+def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
+    """Cells that were finished are kept; one that was cut in half is played again."""
+    folder, printed = evaluated
+    shutil.copytree(folder, tmp_path / "run")
+    cells = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "evaluations.jsonl").write_text("".join(cells[:-2]) + cells[-2][:40])
+    run("eval", tmp_path / "run")
+    table = lambda text: [line for line in text.splitlines() if "written" not in line]  # noqa: E731
+    assert table(capsys.readouterr().out) == table(printed)
+    again = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert sorted(again) == sorted(c.strip() for c in cells)
+
+
+def test_pooled_runs_join_their_hands(evaluated, tmp_path, no_model, capsys):
+    """The same run twice: same means, twice the hands, and no tighter an interval where clusters are the same."""
+    folder, _ = evaluated
+    shutil.copytree(folder, tmp_path / "b")
+    run("eval", tmp_path / "pool", f"eval.runs=[{folder}, {tmp_path / 'b'}]")
+    one, two = (json.loads((f / "evaluation.json").read_text())["table"] for f in (folder, tmp_path / "pool"))
+    for a, b in zip(one, two):
+        assert (2 * a["n"], a["arm"]) == (b["n"], b["arm"]) and a["solved"] == pytest.approx(b["solved"], abs=1e-3)
+
+
+@pytest.mark.parametrize("overrides, named", [
+    (["eval.splits={everything: 8}"], "everything"), (["eval.splits={}"], "eval.splits"),
+    (["eval.temperatures=[]"], "eval.temperatures"), (["eval.variants={}"], "eval.variants"),
+    (["eval.variants={ID: 5}"], "ID"), (["eval.variants={ID: {rul: ten}}"], "rule"),
+    (["eval.variants={ID: {rule: eleven}}"], "rule"), (["ppo.init=sft/step_99"], "step_99"),
+    (["env.name=chess"], "chess"), (["env.nam=gp"], "env.nam"), (["env.name=[]"], "env.name"), (["env.5=1"], "env.5"),
+    (["env.verify_iters=2"], "verify_iters"), (["eval.runs=[nowhere]"], "nowhere")], ids=str)
+def test_bad_evaluation_settings_are_user_errors(evaluated, no_model, overrides, named):
+    with pytest.raises(UserError, match=named) as error:
+        run("eval", evaluated[0], *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_of_nothing_is_a_user_error(tmp_path, no_model):
+    for init in ("sft/step_2", "none"):
+        with pytest.raises(UserError, match=str(tmp_path)):
+            run("eval", tmp_path / "empty", f"ppo.init={init}")
