@@ -84,8 +84,8 @@ SCHEMA = {
     "run.seed": (int, 0, 10_000_000),
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
-ELSEWHERE = ("model.device", "run.dir", "sft.steps", "sft.init_step", "sft.save_every", "sft.micro_tokens",
-             "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how far, never what is computed
+ELSEWHERE = ("model.device", "run.dir", "sft.init_step", "sft.save_every", "sft.micro_tokens", "ppo.save_every",
+             "ppo.micro_tokens")  # may change between stop and resume: where and how often, never what is computed
 
 
 class UserError(Exception):
@@ -116,7 +116,7 @@ def _check(key, value, accepts):
     if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML reads 1e-6 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         name = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}[kind]
@@ -241,7 +241,10 @@ class Run:
         stored = self.dir / "config.yaml"
         if stored.exists():
             self._compare(stored, sections)
-        self.dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot make {self.dir}: {error.strerror}") from None
         for leftover in self.dir.glob(".tmp_*"):
             shutil.rmtree(leftover)
         if not stored.exists():
@@ -249,15 +252,16 @@ class Run:
         self.step, self.last = max(checkpoints(self.dir), default=(0, None))
         for name in ("metrics.jsonl", "transcripts.jsonl"):
             path = self.dir / name
-            lines = path.read_text().splitlines() if path.exists() else []
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            lines = text.split("\n")  # not splitlines: answers may hold other line separators
             kept = [line for line in lines if _step_of(line) <= self.step]
-            if len(kept) != len(lines):
+            if len(kept) != len(lines) - 1:
                 write_atomic(path, "".join(line + "\n" for line in kept))
 
     def _compare(self, stored, sections):
         try:
             old = _flat(yaml.safe_load(stored.read_text()))
-        except (yaml.YAMLError, AttributeError, TypeError):
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
             raise UserError(f"{stored} is unreadable; choose another run.dir") from None
         new = _flat(sections)
         for key in sorted(set(old) | set(new)):

@@ -86,7 +86,7 @@ class Cells:
         self.cfg, self.path = cfg, Path(run_dir) / "evaluations.jsonl"
         self.policy, self.shape, self.loaded = None, None, None
         self.known, self.shown = {}, set()
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
             with suppress(ValueError):  # a line that a kill cut off is played again
                 cell = json.loads(line)

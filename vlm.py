@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig  # noqa: E402
 
-from config import UserError, find_model  # noqa: E402
+from config import ROOT, UserError, find_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -385,6 +385,8 @@ def _load(model, device):
     quantization = None if model.quantization == "none" else BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=model.keep_unquantized)
+    if not os.path.isdir(path) and (ROOT / path).parent.is_dir():  # a slip in a local path: do not ask the hub
+        raise UserError(f"model.path: no folder {model.path!r}; give a local folder or a hub name like organisation/model")
     try:
         processor = AutoProcessor.from_pretrained(path)
         base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, quantization_config=quantization,

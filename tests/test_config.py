@@ -162,7 +162,7 @@ def test_arm_is_named_after_its_own_overrides():
     assert arm_name("rl", ["ppo.gamma=1", "lora.r=8"]) == arm_name("rl", ["lora.r=8", "ppo.gamma=1"]) == "rl-lora.r=8-ppo.gamma=1"
     # other arms' settings, how far and where to run do not make another arm
     assert arm_name("rl", ["sft.lr=1", "eval.n=5", "run.dir=x/y", "model.device=cuda", "ppo.save_every=1"]) == "rl"
-    assert arm_name("sft", ["ppo.clip=1", "sft.steps=9", "sft.mistakes=2"]) == "sft-sft.mistakes=2"
+    assert arm_name("sft", ["ppo.clip=1", "sft.micro_tokens=9", "sft.mistakes=2"]) == "sft-sft.mistakes=2"
     assert "/" not in arm_name("rl", ["ppo.init=sft/step_5"])  # a folder, not a path
 
 

@@ -21,8 +21,8 @@ from config import override as override_one
 from rollout import make_env
 
 TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8", "ppo.init=sft/step_2", "ppo.updates=3",
-        "ppo.save_every=1", "ppo.temperature=0.7", "ppo.envs=6", "ppo.turns=2", "ppo.minibatch=4", "ppo.epochs=2", "eval.splits={all: 8}",
-        "eval.curve_n=4", "eval.batch_size=8", "eval.temperatures=[0.2, 0]")
+        "ppo.save_every=1", "ppo.temperature=0.7", "ppo.envs=6", "ppo.turns=2", "ppo.minibatch=4", "ppo.epochs=2",
+        "eval.splits={all: 8}", "eval.curve_n=4", "eval.batch_size=8", "eval.temperatures=[0.2, 0]")
 MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
 
 
