@@ -4,7 +4,8 @@
 
 Paper Sec. 3 and App. B/C. The loop reads play -> gae -> update -> log. Deviations from the paper, each a YAML key:
 LoRA on a 4-bit base instead of full fine-tuning (so larger learning rates), a value head on detached features with its
-own learning rate, rollouts at a higher temperature, an optional KL penalty to the start, rewards scaled before GAE.
+own learning rate, an optional KL penalty to the start, rewards scaled before GAE. SFT and PPO of one seed draw the same
+hands.
 Beyond the paper's budget of attempts no ungraded answer is sampled, and nothing leaks across an episode's end.
 
 Logged per update (metrics.jsonl): reward (mean per answer, paper's points), success (share of finished episodes solved),
@@ -54,7 +55,7 @@ def ppo_loss(log_ratio, advantages, clip):
     """Clipped surrogate, summed (not averaged), so that micro-batches add up to the gradient of one large batch.
 
     Args: log_ratio (T,) log pi_new - log pi_old per turn or per token; advantages (T,); clip, the paper's 0.1.
-    Returns: scalar loss, number of entries where the clip is active.
+    Returns: scalar loss, number of entries whose ratio is outside [1 - clip, 1 + clip].
     Source: arXiv 1707.06347 eq. 7.
     """
     ratio = log_ratio.exp()
