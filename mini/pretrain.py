@@ -198,7 +198,6 @@ def main(path):
     processor = build_processor(recipe["shape"]["vision"]["image_size"])
     tokenizer = processor.tokenizer
     model = build_model(recipe["shape"], tokenizer)
-    model.get_input_embeddings().requires_grad_(True)
     opts = optimizers(model, train)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     stream = batches(Corpus(recipe["data"], train["seed"]), tokenizer, train["batch_tokens"])
