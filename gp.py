@@ -1,8 +1,8 @@
 """GeneralPoints: write a formula that makes 24 from four cards (paper Sec. 4.1, App. A).
 
-The environment deals a solvable hand, states the task and the rule for J, Q and K, and grades one
-whole answer per `step`. A wrong answer stays in the conversation together with the verifier's text
-and the model may try again, `verify_iters` times in all (sequential revision, Sec. 3).
+The environment deals a solvable hand, in words (GP-L) or as a picture (GP-VL), states the task and the rule for J, Q
+and K, and grades one whole answer per `step`. A wrong answer stays in the conversation together with the verifier's
+text and the model may try again, `verify_iters` times in all (sequential revision, Sec. 3).
 
 Formulas are parsed and computed in exact fractions, never `eval`-ed: 8/(3-8/3) is 24.
 Rewards are README's decided table. No torch in this file.
@@ -17,10 +17,14 @@ from functools import lru_cache
 from itertools import accumulate, combinations, combinations_with_replacement
 from math import comb, factorial, prod
 
+import cards
+
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 RULES = {"ten": {"J": 10, "Q": 10, "K": 10}, "face": {"J": 11, "Q": 12, "K": 13}}
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0}
+MISREAD = -1.5  # GP-VL: the answer's `cards` are not those in the picture
 EXHAUSTED = -1.0  # added to the last allowed answer when it fails too
+SUITS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"), "mixed": tuple(cards.SUITS)}
 UNSEEN_SHARE = 8  # one value multiset in eight never occurs in any training stage
 MAX_FORMULA = 64  # tokens; a formula that uses four cards once needs at most a third of that
 MAX_ANSWER = 10_000  # characters read of an answer
@@ -233,6 +237,8 @@ exactly once, with + - * / and brackets, and equals {target}.
 Answer with JSON only: {{"cards": [the four cards], "number": [their numbers], "formula": "an equation that equals \
 {target}"}}
 Cards: {cards}"""
+PICTURE = "in the picture."  # stands for {cards} in GP-VL
+MISREAD_REASON = 'the "cards" in the answer are not the cards in the picture'
 RETRY = "You failed this trial: {reason}. Try again."
 
 
@@ -272,14 +278,21 @@ class GeneralPoints:
         replacement: deal with replacement (official code) or from one 52-card deck (paper).
         require_face: only hands with at least one J, Q or K (the paper's OOD hands).
         expert: "canonical" (one formula per value multiset) or "varied" (any).
+        image_size: None for GP-L; [width, height] in pixels of the picture for GP-VL.
+        suits: "black" (trained on), "red" (visual OOD) or "mixed"; no influence on which ranks are dealt.
+        jitter: GP-VL: cards lie shifted, scaled, turned and in another order than the expert names them.
+        recognition: GP-VL, `cards` misread: "gate", -1.5 in place of the grading (official code), or "additive",
+            the grading - 1.5 (the paper's wording).
         verify_iters: answers allowed per hand (paper: 5).
+    Attributes: guess, GP-VL: share of hands whose cards one recognises without looking, by always naming the most
+        likely ones; None for GP-L.
     Raises: ValueError naming the argument and what it accepts; also when no hand is left to deal.
     """
 
     answer_key = '"formula"'  # tokens before it may weigh less in the PPO ratio (paper's code: 0.5)
 
     def __init__(self, rule="ten", target=24, split="train", replacement=False, require_face=False,
-                 expert="canonical", verify_iters=5):
+                 expert="canonical", image_size=None, suits="black", jitter=False, recognition="gate", verify_iters=5):
         if isinstance(rule, str):
             _check(rule in RULES, f"rule: {rule!r} is none of {', '.join(RULES)} or a mapping such as {{J: 11, Q: 12, K: 13}}")
             rule = RULES[rule]
@@ -289,36 +302,66 @@ class GeneralPoints:
         _check(type(target) is int and 1 <= target <= 10_000, f"target: {target!r} is not a whole number from 1 to 10000")
         _check(split in ("train", "unseen", "all"), f"split: {split!r} is none of train, unseen, all")
         _check(expert in ("canonical", "varied"), f"expert: {expert!r} is none of canonical, varied")
-        for name, value in (("replacement", replacement), ("require_face", require_face)):
+        _check(suits in tuple(SUITS), f"suits: {suits!r} is none of {', '.join(SUITS)}")
+        _check(recognition in ("gate", "additive"), f"recognition: {recognition!r} is none of gate, additive")
+        for name, value in (("replacement", replacement), ("require_face", require_face), ("jitter", jitter)):
             _check(isinstance(value, bool), f"{name}: {value!r} is neither true nor false")
         _check(type(verify_iters) is int and 1 <= verify_iters <= 100,
                f"verify_iters: {verify_iters!r} is not a whole number from 1 to 100")
         self.rule, self.target, self.expert_kind, self.verify_iters = rule, target, expert, verify_iters
+        self.image_size, self.suits, self.jitter, self.recognition = image_size, suits, jitter, recognition
+        if image_size is not None:
+            _check(isinstance(image_size, list) and len(image_size) == 2 and all(type(x) is int for x in image_size),
+                   f"image_size: {image_size!r} is neither null nor [width, height] in pixels")
+            try:
+                cards.draw_table([("A", "spades")] * 4, *image_size, jitter=random.Random(0) if jitter else None)
+            except ValueError as error:
+                raise ValueError(f"image_size: {error}") from None
         self.done = True  # nothing to answer before reset
         self.number = {rank: rule.get(rank, i + 1) for i, rank in enumerate(RANKS)}
         self._hands, self._weights = _deals(tuple(self.number[r] for r in RANKS), target, split, replacement,
                                             require_face)
         _check(self._hands, f"no solvable hand makes {target} with split {split}, rule {rule}")
         self._prompt = PROMPT.format(target=target, cards="{cards}", **rule)
+        likeliest = max(b - a for a, b in zip([0, *self._weights], self._weights))
+        self.guess = None if image_size is None else likeliest / self._weights[-1]
 
     def reset(self, seed):
-        """Deal the hand that `seed` determines. Returns (obs, info); obs = {"messages": chat turns, "image": None}."""
+        """Deal the hand that `seed` determines: the same ranks with and without picture, in all suits.
+
+        Returns: (obs, info); obs = {"messages": chat turns, "image": PIL image or None}. With an image, the first
+        message's content is the list [image, text] that chat templates know.
+        """
         self.rng = random.Random(seed)
         hand = self.rng.choices(self._hands, cum_weights=self._weights)[0]
         self.cards = self.rng.sample(hand, 4)
         self.values = sorted(self.number[c] for c in self.cards)
         self.attempt, self.done = 0, False
-        self.messages = [{"role": "user", "content": self._prompt.replace("{cards}", json.dumps(self.cards))}]
+        prompt = self._prompt.replace("{cards}", PICTURE if self.image_size else json.dumps(self.cards))
+        if self.image_size:
+            self.image = self._picture(random.Random(f"picture {seed}"))
+            prompt = [{"type": "image"}, {"type": "text", "text": prompt}]
+        self.messages = [{"role": "user", "content": prompt}]
         return self._obs(), {"cluster": str(self.values)}
 
+    def _picture(self, rng):
+        """The table as an image; cards of one rank differ in suit as long as there are suits."""
+        suits = {rank: rng.sample(SUITS[self.suits], len(SUITS[self.suits])) for rank in RANKS}
+        table = [(rank, suits[rank][self.cards[:i].count(rank) % len(suits[rank])])
+                 for i, rank in enumerate(self.cards)]
+        if self.jitter:
+            rng.shuffle(table)
+        return cards.draw_table(table, *self.image_size, jitter=rng if self.jitter else None)
+
     def _obs(self):
-        return {"messages": list(self.messages), "image": None}
+        return {"messages": list(self.messages), "image": self.image if self.image_size else None}
 
     def step(self, answer):
         """Grade one whole answer.
 
         Returns: (obs, reward in the paper's points, terminated = solved, truncated = attempts exhausted, info) with
-        info = {category, recognized: `cards` match the table as a multiset, attempt: 1.., feedback, cluster}.
+        info = {category, recognized: `cards` match the table as a multiset, attempt: 1.., feedback, cluster}. Category:
+        a key of REWARDS or, gated, "misread". The verifier's text never says which cards there are.
         Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
         """
         if self.done:
@@ -326,6 +369,15 @@ class GeneralPoints:
         self.attempt += 1
         read = read_answer(answer)
         category, reason = grade(read["formula"], self.values, self.target)
+        reward, recognized = REWARDS[category], sorted(read["cards"] or ()) == sorted(self.cards)
+        if self.image_size and not recognized:
+            if self.recognition == "additive":
+                reward += MISREAD
+            elif read["cards"] is not None:
+                category, reward = "misread", MISREAD
+            else:
+                category, reward = "illegal", REWARDS["illegal"]
+            reason = MISREAD_REASON if read["cards"] is not None else 'no "cards" were found in the answer'
         terminated = category == "correct"
         truncated = not terminated and self.attempt == self.verify_iters
         self.done = terminated or truncated
@@ -333,9 +385,9 @@ class GeneralPoints:
         self.messages.append({"role": "assistant", "content": answer})
         if feedback:
             self.messages.append({"role": "user", "content": feedback})
-        info = {"category": category, "recognized": sorted(read["cards"] or ()) == sorted(self.cards),
+        info = {"category": category, "recognized": recognized,
                 "attempt": self.attempt, "feedback": feedback, "cluster": str(self.values)}
-        return self._obs(), REWARDS[category] + truncated * EXHAUSTED, terminated, truncated, info
+        return self._obs(), reward + truncated * EXHAUSTED, terminated, truncated, info
 
     def answer(self, formula):
         """The JSON answer for this table with the given formula."""

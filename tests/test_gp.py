@@ -14,12 +14,15 @@ import sys
 import time
 from collections import Counter, defaultdict
 from fractions import Fraction
-from itertools import combinations_with_replacement, count, permutations, product
+from functools import lru_cache
+from itertools import combinations, combinations_with_replacement, count, permutations, product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cards import cut_out, read_card
 
 import gp
 from gp import GeneralPoints
@@ -636,6 +639,313 @@ def test_global_random_state_is_neither_read_nor_moved():
     assert starts[0] == starts[1]
 
 
+# ---------------------------------------------------------------- GP-VL: the table as a picture
+MISREAD_TEXT = 'You failed this trial: the "cards" in the answer are not the cards in the picture. Try again.'
+NO_CARDS_TEXT = 'You failed this trial: no "cards" were found in the answer. Try again.'
+
+
+def pictured(**options):
+    return GeneralPoints(**{"image_size": [112, 112], **options})
+
+
+@lru_cache(maxsize=None)
+def seed_of(*cards):
+    """First seed of the split `all`, dealt with replacement, that deals these cards; found without drawing pictures."""
+    env = GeneralPoints(split="all", replacement=True)
+    return next(seed for seed in count() if env.reset(seed) and sorted(env.cards) == sorted(cards))
+
+
+def deal_pictured(*cards, **options):
+    env = pictured(split="all", replacement=True, **options)
+    env.reset(seed_of(*cards))
+    assert sorted(env.cards) == sorted(cards)
+    return env
+
+
+def spoken(obs):
+    """All that the environment wrote into a conversation, as texts."""
+    said = [m["content"] for m in obs["messages"] if m["role"] == "user"]
+    return [part["text"] for part in said[0] if part["type"] == "text"] + said[1:]
+
+
+def table_in(image):
+    """(rank, suit) pairs from left to right, read from the pixels of an unjittered 112 x 112 picture."""
+    return [read_card(picture[1:-1, 1:-1]) for picture in cut_out(image)]
+
+
+def test_prompt_is_the_picture_and_a_text_that_knows_nothing_of_it():
+    for options in ({}, {"rule": "face", "require_face": True}, {"suits": "red"}, {"jitter": True}):
+        env, texts = pictured(**options), set()
+        for seed in range(60):
+            obs, _ = env.reset(seed)
+            (message,) = obs["messages"]
+            assert message["role"] == "user" and [part["type"] for part in message["content"]] == ["image", "text"]
+            texts.add(message["content"][1]["text"])
+        (text,) = texts  # the same words whatever the cards
+        assert text.endswith("Cards: in the picture.") and "[\"" not in text
+        words = GeneralPoints(**{k: v for k, v in options.items() if k != "jitter"}).reset(0)[0]["messages"][0]["content"]
+        assert text.split("Cards:")[0] == words.split("Cards:")[0]  # else that of GP-L
+
+
+def check_nothing_is_given_away(answer):
+    """An answer that does not name the cards gets one of two sentences, which hold for any table."""
+    for recognition in ("gate", "additive"):
+        env = pictured(recognition=recognition, verify_iters=2)
+        env.reset(3)
+        for _ in range(2):
+            obs, _, terminated, _, info = env.step(answer)
+            if info["recognized"] or terminated:
+                break
+            assert info["feedback"] in (MISREAD_TEXT, NO_CARDS_TEXT)
+            assert spoken(obs)[1:] == [info["feedback"]] * info["attempt"]
+        assert [m["content"] for m in obs["messages"] if m["role"] == "assistant"] == [answer] * info["attempt"]
+        assert all(isinstance(m["content"], str) for m in obs["messages"][1:])  # one picture, in the first message
+
+
+CARD_LISTS = st.lists(st.sampled_from([*gp.RANKS, "1", "", 10, 7, None, "spades", "\n"]), max_size=5)
+FORMULAS = st.sampled_from(["8/(3-8/3)", "1+1", "3*8", "1/0", "(", "x", "", None, 24]) | TOKENS.map("".join)
+
+
+@FUZZ
+@given(ANY_TEXT | NEAR_JSON | ANY_JSON.map(json.dumps)
+       | st.fixed_dictionaries({}, optional={"cards": CARD_LISTS | ANY_JSON, "formula": FORMULAS}).map(json.dumps))
+def test_feedback_on_cards_not_read_says_nothing_about_them(answer):
+    check_nothing_is_given_away(answer)
+
+
+@pytest.mark.parametrize("formula", [RIGHT, WRONG, "3*8", "8*8*9", "3+3+8+x", "8/(3-3)+8", "", "(", None])
+def test_feedback_on_any_formula_is_the_same_while_the_cards_are_misread(formula):
+    """The numbers that a formula lacks or equals would tell the table."""
+    check_nothing_is_given_away(json.dumps({"cards": ["A", "A", "A", "A"], "formula": formula}))
+    check_nothing_is_given_away(json.dumps({"formula": formula}))
+
+
+GRADED = {RIGHT: 5, WRONG: -1, "3*8": -2, "8*3*9/9": -2, "8/0": -3, "3+": -3, None: -3}  # table 3 3 8 8
+READ, MISREAD = ["8", "3", "8", "3"], ["8", "3", "8", "4"]
+PICTURE_CASES = [  # recognition, cards named, formula, reward when it is not the last answer, category, feedback
+    ("gate", MISREAD, RIGHT, -1.5, "misread", MISREAD_TEXT),  # the right formula does not count
+    ("gate", MISREAD, WRONG, -1.5, "misread", MISREAD_TEXT),
+    ("gate", MISREAD, "3*8", -1.5, "misread", MISREAD_TEXT),
+    ("gate", MISREAD, "8/0", -1.5, "misread", MISREAD_TEXT),
+    ("gate", MISREAD, None, -1.5, "misread", MISREAD_TEXT),
+    ("gate", [], RIGHT, -1.5, "misread", MISREAD_TEXT),  # an empty list is a list
+    ("gate", None, RIGHT, -3, "illegal", NO_CARDS_TEXT),
+    ("gate", None, WRONG, -3, "illegal", NO_CARDS_TEXT),
+    ("gate", None, None, -3, "illegal", NO_CARDS_TEXT),
+    ("gate", "3388", RIGHT, -3, "illegal", NO_CARDS_TEXT),  # no list
+    ("additive", MISREAD, RIGHT, 3.5, "correct", ""),  # solved: 5 - 1.5
+    ("additive", None, RIGHT, 3.5, "correct", ""),
+    ("additive", MISREAD, WRONG, -2.5, "wrong_value", MISREAD_TEXT),
+    ("additive", MISREAD, "3*8", -3.5, "wrong_numbers", MISREAD_TEXT),
+    ("additive", MISREAD, "8/0", -4.5, "illegal", MISREAD_TEXT),
+    ("additive", MISREAD, None, -4.5, "illegal", MISREAD_TEXT),
+    ("additive", None, WRONG, -2.5, "wrong_value", NO_CARDS_TEXT),
+    ("additive", None, "3+", -4.5, "illegal", NO_CARDS_TEXT),
+    ("additive", "3388", None, -4.5, "illegal", NO_CARDS_TEXT)]
+
+
+@pytest.mark.parametrize("recognition, cards, formula, reward, category, feedback", PICTURE_CASES)
+def test_reward_of_misread_cards(recognition, cards, formula, reward, category, feedback):
+    """PAPER.md, rewards decided: gate pays -1.5 instead of the grading, additive the grading - 1.5; the last costs 1 more."""
+    env = deal_pictured("3", "3", "8", "8", recognition=recognition, verify_iters=2)
+    answer = {k: v for k, v in (("cards", cards), ("formula", formula)) if v is not None}
+    solved = category == "correct"
+    _, got, terminated, truncated, info = env.step(json.dumps(answer))
+    assert (got, terminated, truncated) == (reward, solved, False)
+    assert (info["category"], info["recognized"], info["feedback"]) == (category, False, feedback)
+    if not solved:
+        _, got, terminated, truncated, info = env.step(json.dumps(answer))
+        assert (got, terminated, truncated, info["category"]) == (reward - 1, False, True, category)
+    with pytest.raises(RuntimeError):
+        env.step(env.answer(RIGHT))
+
+
+@pytest.mark.parametrize("formula, reward", GRADED.items())
+@pytest.mark.parametrize("recognition", ("gate", "additive"))
+def test_cards_read_right_are_graded_as_in_text(recognition, formula, reward):
+    answer = json.dumps({"cards": READ, "formula": formula})
+    texts = []
+    for env in (deal_pictured("3", "3", "8", "8", recognition=recognition, verify_iters=2),
+                deal("3", "3", "8", "8", verify_iters=2)):
+        _, got, terminated, _, info = env.step(answer)
+        assert (got, terminated, info["recognized"]) == (reward, reward == 5, True)
+        texts.append(info["feedback"])
+        if reward != 5:
+            assert env.step(answer)[1:4] == (reward - 1, False, True)
+    assert texts[0] == texts[1] and bool(texts[0]) == (reward != 5)
+
+
+@pytest.mark.parametrize("recognition", ("gate", "additive"))
+def test_recognition_is_judged_as_a_multiset(recognition):
+    def reward(cards, formula=RIGHT, table=("3", "3", "8", "8")):
+        _, got, *_, info = deal_pictured(*table, recognition=recognition).step(json.dumps({"cards": cards, "formula": formula}))
+        assert info["recognized"] == (got == 5)
+        return got
+
+    misread = -1.5 if recognition == "gate" else 3.5
+    assert {reward(p) for p in set(permutations(["3", "3", "8", "8"]))} == {5}
+    assert reward([3, 8, "3", 8]) == 5  # numbers are as good as strings
+    for wrong in (["3", "3", "8", "9"], ["3", "3", "8"], ["3", "3", "8", "8", "8"], ["3", "3", "3", "8"], ["3", "8"],
+                  ["3", "3", "8", "8", ""], ["3388"], ["A", "2", "4", "5"], []):
+        assert reward(wrong) == misread, wrong
+    face = "(10*10-4)/4", ("J", "10", "4", "4")
+    assert reward(["4", "J", "4", "10"], *face) == 5
+    assert reward(["4", "10", "4", "10"], *face) == reward(["4", "J", "4", "J"], *face) == misread  # counts as ten, is none
+
+
+def test_right_cards_on_the_second_look_are_paid_in_full():
+    for recognition, first in (("gate", -1.5), ("additive", -2.5)):
+        env = deal_pictured("3", "3", "8", "8", recognition=recognition, verify_iters=2)
+        assert env.step(json.dumps({"cards": MISREAD, "formula": WRONG}))[1] == first
+        assert env.step(env.answer(RIGHT))[1:4] == (5, True, False)
+
+
+def test_recognition_setting_is_nothing_to_text():
+    def play(recognition):
+        env = deal("3", "3", "8", "8", recognition=recognition)
+        assert env.guess is None
+        return [env.step(json.dumps({"cards": cards, "formula": f})) for cards, f in
+                ((MISREAD, WRONG), (None, "3*8"), (MISREAD, None), (MISREAD, RIGHT))]
+
+    assert play("gate") == play("additive")
+    assert [turn[1] for turn in play("gate")] == [-1, -2, -3, 5]
+    assert [turn[4]["recognized"] for turn in play("gate")] == [False] * 4
+
+
+@FUZZ
+@given(ANY_TEXT | NEAR_JSON | ANY_JSON.map(json.dumps)
+       | st.fixed_dictionaries({}, optional={"cards": CARD_LISTS, "formula": FORMULAS}).map(json.dumps))
+def test_any_answer_to_a_picture_is_paid_from_the_table(answer):
+    for recognition, rewards in (("gate", {5, -1, -2, -3, -1.5}), ("additive", {5, 3.5, -1, -2.5, -2, -3.5, -3, -4.5})):
+        env = pictured(recognition=recognition, verify_iters=2)
+        env.reset(3)
+        for last in (False, True):
+            _, reward, terminated, truncated, info = env.step(answer)
+            assert reward + (last and not terminated) in rewards and truncated == (last and not terminated)
+            assert terminated == (reward > 0) == (info["category"] == "correct")
+            if terminated:
+                break
+
+
+# ---------------------------------------------------------------- GP-VL: which cards lie there
+LOOKS = [dict(image_size=[112, 112], suits=s, jitter=j) for s in ("black", "red", "mixed") for j in (False, True)]
+
+
+def test_pictures_change_nothing_about_the_game():
+    """Same seed: same cards in the same order, same expert answers and mistakes, in words, in any suits, jittered or not."""
+    def episodes(**options):
+        env = GeneralPoints(expert="varied", **options)
+        return [(env.reset(seed)[1], list(env.cards), env.expert(), env.mistake(), env.expert()) for seed in range(40)]
+
+    words = episodes()
+    assert all(episodes(**look) == words for look in LOOKS)
+    assert episodes(image_size=[300, 100], recognition="additive") == words == episodes(recognition="additive")
+
+
+@pytest.mark.parametrize("suits", ("black", "red", "mixed"))
+def test_picture_shows_the_table_in_the_suits_asked_for(suits):
+    """Read back from the pixels: ranks in the order that the expert names them, equal ranks in different suits."""
+    allowed = {"black": {"spades", "clubs"}, "red": {"hearts", "diamonds"},
+               "mixed": {"spades", "clubs", "hearts", "diamonds"}}[suits]
+    env, seen, most = pictured(suits=suits, split="all", replacement=True), Counter(), 0
+    for seed in [*range(60), seed_of("3", "3", "8", "8"), seed_of("6", "6", "6", "6"), seed_of("Q", "Q", "Q", "6")]:
+        obs, _ = env.reset(seed)
+        assert obs["image"].mode == "RGB" and obs["image"].size == (112, 112)
+        table = table_in(obs["image"])
+        assert [rank for rank, _ in table] == env.cards == json.loads(env.expert())["cards"]
+        for rank, number in Counter(env.cards).items():
+            mine = [suit for r, suit in table if r == rank]
+            assert len(set(mine)) == min(number, len(allowed))
+            most = max(most, number)
+        seen.update(suit for _, suit in table)
+        pixels = np.asarray(obs["image"]).astype(int)
+        red, dark = pixels[..., 0] - pixels[..., 1] > 100, pixels.max(2) < 60
+        assert red.any() or suits != "red" and dark.any()
+        assert not (suits == "black" and red.any()) and not (suits == "red" and dark.any())
+    assert most == 4 and set(seen) == allowed and min(seen.values()) > 0.5 * max(seen.values())
+
+
+def test_red_and_black_pictures_differ_in_suits_alone():
+    black, red = pictured(), pictured(suits="red")
+    for seed in range(20):
+        one, two = (table_in(env.reset(seed)[0]["image"]) for env in (black, red))
+        assert [rank for rank, _ in one] == [rank for rank, _ in two] and not set(one) & set(two)
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=str)
+def test_one_picture_per_episode(look):
+    """The very same object at every step, so that whoever looks at it need look only once; a new one after `reset`."""
+    env, answer = GeneralPoints(**look), json.dumps({"cards": ["A"], "formula": "1"})
+    obs, _ = env.reset(0)
+    first = obs["image"]
+    pixels = first.tobytes()
+    for _ in range(5):
+        assert env.step(answer)[0]["image"] is first
+    again = env.reset(0)[0]["image"]
+    assert again is not first and again.tobytes() == first.tobytes() == pixels
+    others = [env.reset(seed)[0]["image"].tobytes() for seed in range(1, 20)]
+    assert len({pixels, *others}) > 15
+    assert GeneralPoints(**look).reset(7)[0]["image"].tobytes() == others[6]  # whatever was dealt before
+    assert GeneralPoints().reset(0)[0]["image"] is None
+
+
+def test_pictures_are_the_same_in_any_process():
+    code = f"""
+import hashlib, gp
+digest = hashlib.sha256()
+for look in {LOOKS!r}:
+    env = gp.GeneralPoints(**look)
+    for seed in (0, 1, 12345):
+        digest.update(env.reset(seed)[0]["image"].tobytes())
+print(digest.hexdigest())"""
+    one, two = (python(code, PYTHONHASHSEED=seed) for seed in "12")
+    assert one == two and len(one) == 65
+
+
+def test_jitter_moves_the_cards_and_not_the_answer(monkeypatch):
+    """Another order on the table than in the expert's list, which is judged as a multiset and so earns the full reward."""
+    tables, draw = [], gp.cards.draw_table
+
+    def recorded(table, *args, **kwargs):
+        tables.append((list(table), kwargs["jitter"] is not None))
+        return draw(table, *args, **kwargs)
+
+    jittered, plain, orders = pictured(jitter=True, suits="mixed"), pictured(suits="mixed"), set()
+    monkeypatch.setattr(gp.cards, "draw_table", recorded)
+    for seed in range(30):
+        image, other = (env.reset(seed)[0]["image"] for env in (jittered, plain))
+        (moved, shaken), (still, quiet) = tables[-2:]
+        assert image.tobytes() != other.tobytes() and shaken and not quiet
+        assert Counter(moved) == Counter(still) and [rank for rank, _ in still] == plain.cards == jittered.cards
+        if len(set(still)) == 4:
+            orders.add(tuple(map(moved.index, still)))
+        _, reward, terminated, *_ = jittered.step(jittered.expert())
+        assert (reward, terminated) == (5, True)
+    assert len(orders) > 10
+
+
+@pytest.mark.parametrize("options", [{}, {"split": "all"}, {"split": "unseen"}, {"rule": "face", "require_face": True},
+                                     {"rule": "face", "split": "unseen", "require_face": True, "replacement": True},
+                                     {"split": "all", "replacement": True}, {"suits": "red", "jitter": True}], ids=str)
+def test_guess_is_the_likeliest_hand_of_the_deck(options, solvable_values):
+    """Every hand of the 52 cards (or of four draws with replacement), counted one by one."""
+    deck = [rank for rank in range(13) for _ in range(4)]
+    hands = Counter(tuple(sorted(h)) for h in product(range(13), repeat=4)) if options.get("replacement") \
+        else Counter(combinations(deck, 4))
+    assert hands.total() == (13 ** 4 if options.get("replacement") else 270_725)
+
+    def dealt(hand):
+        values = tuple(min(r + 1, 10) if options.get("rule") != "face" else r + 1 for r in hand)
+        apart = hashlib.sha256(f"gp|{values}".encode()).hexdigest()[1] in "08"  # see test_unseen_is_an_eighth_for_ever
+        split = options.get("split", "train")
+        return values in solvable_values and (split == "all" or apart == (split == "unseen")) \
+            and (not options.get("require_face") or hand[-1] >= 10)
+
+    weights = [n for hand, n in hands.items() if dealt(hand)]
+    assert pictured(**options).guess == pytest.approx(max(weights) / sum(weights), rel=1e-12)
+    assert GeneralPoints(**options).guess is None
+
+
 # ---------------------------------------------------------------- bad arguments, imports
 @pytest.mark.parametrize("name, value", [
     ("rule", "eleven"), ("rule", None), ("rule", 10), ("rule", ["J", "Q", "K"]), ("rule", {}), ("rule", {"J": 11, "Q": 12}),
@@ -645,10 +955,25 @@ def test_global_random_state_is_neither_read_nor_moved():
     ("target", 0), ("target", -24), ("target", 24.0), ("target", "24"), ("target", True), ("target", None), ("target", 10_001),
     ("split", "test"), ("split", None), ("split", ["train"]), ("expert", "random"), ("expert", None),
     ("replacement", 1), ("replacement", "yes"), ("require_face", 0), ("require_face", None),
-    ("verify_iters", 0), ("verify_iters", -1), ("verify_iters", 5.0), ("verify_iters", True), ("verify_iters", 101)])
+    ("verify_iters", 0), ("verify_iters", -1), ("verify_iters", 5.0), ("verify_iters", True), ("verify_iters", 101),
+    ("image_size", 112), ("image_size", "112x112"), ("image_size", []), ("image_size", [112]), ("image_size", [112] * 3),
+    ("image_size", [112.0, 112]), ("image_size", ["112", 112]), ("image_size", [True, True]), ("image_size", {112: 112}),
+    ("image_size", [None, None]), ("image_size", False), ("image_size", [0, 0]), ("image_size", [-112, 112]),
+    ("image_size", [112, 20]), ("image_size", [60, 112]), ("image_size", [10, 10]),
+    ("suits", "blue"), ("suits", None), ("suits", "spades"), ("suits", ["black"]), ("suits", {}), ("suits", True),
+    ("recognition", "none"), ("recognition", None), ("recognition", ["gate"]), ("recognition", True),
+    ("jitter", 1), ("jitter", None), ("jitter", "yes"), ("jitter", 0.5)])
 def test_bad_argument_is_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises(ValueError, match=f"^{name}: ") as error:
         GeneralPoints(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_picture_too_small_for_jitter_is_found_before_the_first_hand():
+    """Jittered cards are smaller: what suffices without may not do with it."""
+    pictured(image_size=[80, 30]).reset(0)
+    with pytest.raises(ValueError, match="^image_size: 80x30 is too small"):
+        pictured(image_size=[80, 30], jitter=True)
 
 
 def test_no_hand_left_is_an_error_that_says_why():
