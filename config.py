@@ -27,6 +27,7 @@ SCHEMA = {
     "model.quantization": ("nf4", "none"),
     "model.keep_unquantized": [str],
     "model.dtype": ("float32", "bfloat16"),
+    "model.tune": [("language", "projector", "vision")],
     "model.merge_for_sampling": bool,
     "model.sample_tokens": (int, 1, INF),
     "model.max_new_tokens": (int, 1, 100_000),
@@ -154,9 +155,9 @@ def check(raw):
         raise UserError("lora: null tunes all parameters, which needs model.quantization=none")
     if clean["sft"]["init_step"] > clean["sft"]["steps"]:
         raise UserError("sft.init_step: Init is a step of the SFT run, so it cannot exceed sft.steps")
-    for key in ("splits", "temperatures", "variants"):
-        if not clean["eval"][key]:
-            raise UserError(f"eval.{key} is empty")
+    for section, key in (("eval", "splits"), ("eval", "temperatures"), ("eval", "variants"), ("model", "tune")):
+        if not clean[section][key]:
+            raise UserError(f"{section}.{key} is empty")
     for name, changes in clean["eval"]["variants"].items():
         _check(f"eval.variants.{name}", changes, dict)
     return clean

@@ -5,7 +5,8 @@
 
 Arms: Init (the checkpoint ppo.init), every rl* folder (last checkpoint) and every sft* folder (the checkpoint whose
 model FLOPs are nearest to the rl arm's: equal compute; the last one if there is no rl arm). All arms play the same
-hands, so differences are paired; intervals are 95 % bootstraps clustered by value multiset (or route).
+hands, so differences are paired; intervals are 95 % bootstraps clustered by value multiset (or route). Where there are
+pictures, recognition is shown beside success.
 
 Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (the table) and
 evaluation.png. Source: paper Sec. 5, C.3, with this project's protocol (README).
@@ -100,14 +101,14 @@ class Cells:
                 {**self.cfg.env, **e.variants[variant]}, split, temperature, n, e.verify_iters, e.seed]
 
     def get(self, checkpoint, variant, split, temperature, n, bar):
-        """{first, solved: lists of 0/1, recognized: list of shares, cluster: list} over n episodes."""
+        """{first, solved, recognized: lists of 0/1, cluster: list} over n episodes."""
         key = self.key(checkpoint, variant, split, temperature, n)
         name = json.dumps(key)
         if name not in self.known:
             records = self.play(checkpoint, variant, split, temperature, n, bar)
             cell = {"key": key, "first": [int(r["first"]) for r in records],
                     "solved": [int(r["solved"]) for r in records], "cluster": [r["cluster"] for r in records],
-                    "recognized": [round(r["recognized"], 3) for r in records]}
+                    "recognized": [int(r["recognized"]) for r in records]}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(cell) + "\n")
             self.known[name] = cell
@@ -136,7 +137,7 @@ def temperature_name(t):
 
 
 def summarize(cells_of, arms, e):
-    """Rows {split, variant, arm, temperature, first, solved: [mean, low, high] in %, n} of the table."""
+    """Rows {split, variant, arm, temperature, first, solved, recognized: [mean, low, high] in %, n} of the table."""
     rows, weights = [], {}
     for split in e.splits:
         for variant in e.variants:
@@ -164,57 +165,90 @@ def differences(cells_of, pairs, e):
                     a, b = (cells_of(x, variant, split, t) for x in (arm, base))
                     weights = cluster_weights(a["cluster"]) if weights is None else weights
                     row = {"split": split, "variant": variant, "temperature": t, "arm": arm, "base": base}
-                    for name in ("first", "solved"):
+                    for name in ("first", "solved", "recognized"):
                         row[name] = [100 * x for x in interval([x - y for x, y in zip(a[name], b[name])], weights)]
                     rows.append(row)
     return rows
 
 
-def print_table(rows, diffs, gflops, e):
-    """The table on screen: per split and variant, every arm at every temperature, and the differences of the first."""
-    width = max(len(a) for a in gflops) + 2
+def print_table(rows, diffs, gflops, guess, e):
+    """The tables on screen: per split and variant, every arm at every temperature, and the differences.
+
+    Args: guess: per variant the recognition % of one who does not look (env.guess), None where nothing is to be seen.
+    """
+    temperatures = "".join(f"{temperature_name(t):^24}" for t in e.temperatures)
+    width = max(map(len, e.variants)) + 2, max(map(len, gflops)) + 2
+
+    def block(split, columns):
+        print(f"{'':{sum(width)}}{temperatures}   model GFLOPs")
+        for variant in e.variants:
+            for place, arm in enumerate(gflops):
+                found = [next(r for r in rows if (r["split"], r["variant"], r["arm"], r["temperature"])
+                              == (split, variant, arm, t)) for t in e.temperatures]
+                print(f"{variant if not place else '':{width[0]}}{arm:{width[1]}}" + "".join(map(columns, found))
+                      + f"{gflops[arm]:13,.0f}")
+
+    def success(row):
+        (first, *_), (solved, low, high) = row["first"], row["solved"]
+        return f"{first:7.1f} / {solved:5.1f} ±{(high - low) / 2:4.1f}   "
+
+    def recognition(row):
+        mean, low, high = row["recognized"]
+        return f"{mean:15.1f} ±{(high - low) / 2:4.1f}   "
+
+    kinds = [("success", "solved", f"within {e.verify_iters} attempts")]
     for split in e.splits:
         n = next(r["n"] for r in rows if r["split"] == split)
         print(f"\n{split}: success % on the first attempt / within {e.verify_iters}, ± half the 95 % interval, n = {n}")
-        print(f"{'':10}{'':{width}}" + "".join(f"{temperature_name(t):^24}" for t in e.temperatures) + "   model GFLOPs")
-        for variant in e.variants:
-            for place, arm in enumerate(gflops):
-                line = f"{variant if not place else '':10}{arm:{width}}"
-                for t in e.temperatures:
-                    row = next(r for r in rows if (r["split"], r["variant"], r["arm"], r["temperature"])
-                               == (split, variant, arm, t))
-                    (first, *_), (solved, low, high) = row["first"], row["solved"]
-                    line += f"{first:7.1f} / {solved:5.1f} ±{(high - low) / 2:4.1f}   "
-                print(f"{line}{gflops[arm]:13,.0f}")
-    print(f"\npaired differences in points, within {e.verify_iters} attempts [95 % interval]")
-    print(f"{'':{2 * width + 19}}" + "".join(f"{temperature_name(t):^24}" for t in e.temperatures))
-    for row in (d for d in diffs if d["temperature"] == e.temperatures[0]):
-        same = [next(d["solved"] for d in diffs if all(d[k] == row[k] for k in ("split", "variant", "arm", "base"))
-                     and d["temperature"] == t) for t in e.temperatures]
-        print(f"{row['split']:8}{row['variant']:10}{row['arm'] + ' - ' + row['base']:{2 * width + 1}}"
-              + "".join(f"{mean:+6.1f} [{low:+5.1f}, {high:+5.1f}]   " for mean, low, high in same))
+        block(split, success)
+        if None not in guess.values():
+            print(f"\n{split}: recognition %, all cards read right in the first answer; without looking, by the likeliest "
+                  "cards: " + ", ".join(f"{variant} {share:.1f}" for variant, share in guess.items()))
+            block(split, recognition)
+    if None not in guess.values():
+        kinds.append(("recognition", "recognized", "first answer"))
+    for title, name, where in kinds if diffs else ():
+        print(f"\npaired differences of {title} in points, {where} [95 % interval]")
+        print(f"{'':{8 + width[0] + 2 * width[1] + 1}}{temperatures}")
+        for row in (d for d in diffs if d["temperature"] == e.temperatures[0]):
+            same = [next(d[name] for d in diffs if all(d[k] == row[k] for k in ("split", "variant", "arm", "base"))
+                         and d["temperature"] == t) for t in e.temperatures]
+            print(f"{row['split']:8}{row['variant']:{width[0]}}{row['arm'] + ' - ' + row['base']:{2 * width[1] + 1}}"
+                  + "".join(f"{mean:+6.1f} [{low:+5.1f}, {high:+5.1f}]   " for mean, low, high in same))
 
 
-# ---------------------------------------------------------------- Figure 5
-def draw(curves, e, path):
-    """Success against model GFLOPs, one panel per variant (ID on top), as in the paper's Figure 5."""
+# ---------------------------------------------------------------- Figures 5, 7 and 8
+def draw(curves, seeing, e, path):
+    """Success against model GFLOPs, one panel per variant (ID on top), as in the paper's Figures 5 and 7.
+
+    With `seeing` a second column: success against recognition, the fuller a point the more compute (Figure 8).
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     styles = {"Init": ("Init", "black", "*"), "sft": ("SFT", "#c4442a", "o-"), "rl": ("RL", "#2a6fb0", "o-")}
-    figure, axes = plt.subplots(len(e.variants), 1, figsize=(6, 2.7 * len(e.variants)), sharex=True, squeeze=False)
-    for (axis,), variant in zip(axes, e.variants):
+    columns = 1 + seeing
+    figure, axes = plt.subplots(len(e.variants), columns, figsize=(5 * columns, 2.7 * len(e.variants)), sharex="col",
+                                squeeze=False)
+    most = max(point[0] for arms in curves.values() for points in arms.values() for point in points)
+    for (axis, *others), variant in zip(axes, e.variants):
         for arm, points in curves[variant].items():
-            x, mean, low, high = zip(*points)
+            x, mean, low, high, recognized = zip(*points)
             label, color, style = styles[arm]
-            axis.plot(x, mean, style, color=color, label=label, markersize=12 if arm == "Init" else 3,
-                      zorder=5 if arm == "Init" else 2)
+            size, order = (12, 5) if arm == "Init" else (3, 2)
+            axis.plot(x, mean, style, color=color, label=label, markersize=size, zorder=order)
             if arm != "Init":
                 axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            for other in others:
+                other.scatter(recognized, mean, color=color, marker=style[0], s=size ** 2 if arm == "Init" else 30,
+                              alpha=[0.2 + 0.8 * compute / most for compute in x] if arm != "Init" else 1, zorder=order)
         axis.set_ylabel(f"{variant}\nsuccess % ({temperature_name(e.temperatures[0])})")
-        axis.grid(alpha=0.3)
+        for each in (axis, *others):
+            each.grid(alpha=0.3)
     axes[0][0].legend(loc="lower right", fontsize=8)
     axes[-1][0].set_xlabel("model GFLOPs of post-training (6ND trained + 2ND sampled)")
+    if seeing:
+        axes[-1][1].set_xlabel("recognition % (paler: less compute)")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -265,13 +299,14 @@ class Pool:
         return sum(run["gflops"][run[which][arm][place]] for run in self.runs) / len(self.runs)
 
     def curve(self, variant):
-        """{arm: [(gflops, mean, low, high)]} of success at the first temperature and split; Init is where rl starts."""
+        """{arm: [(gflops, success mean, low, high, recognition)]} at the first temperature and split; rl starts at Init."""
         e, curves = self.cfg.eval, {}
 
         def point(arm, place):
             cell = self.cell(arm, variant, next(iter(e.splits)), e.temperatures[0], e.curve_n, "arms", place)
             values = interval(cell["solved"], cluster_weights(cell["cluster"]))
-            return (self.compute(arm, "arms", place), *(100 * v for v in values))
+            seen = sum(cell["recognized"]) / len(cell["recognized"])
+            return (self.compute(arm, "arms", place), *(100 * v for v in (*values, seen)))
 
         if self.curves and "Init" in self.arms:
             curves["Init"] = [point("Init", 0)]
@@ -284,9 +319,11 @@ class Pool:
 def main(arguments):
     cfg, _, _ = load(arguments)
     e = cfg.eval
-    for changes in e.variants.values():
-        for split in e.splits:
-            make_env(cfg.env, e.verify_iters, **{"split": split, **changes})  # name a bad variant before playing
+    guess = {}  # recognition % without looking
+    for variant, changes in e.variants.items():
+        for split in reversed(e.splits):  # the first one leads; a bad variant is named before playing
+            env = make_env(cfg.env, e.verify_iters, **{"split": split, **changes})
+        guess[variant] = None if env.guess is None else 100 * env.guess
     pool = Pool(cfg)
     rows = summarize(pool.cell, pool.arms, e)
     pairs = [(a, "Init") for a in pool.arms if a != "Init" and "Init" in pool.arms]
@@ -294,14 +331,14 @@ def main(arguments):
     gflops = {arm: pool.compute(arm) for arm in pool.arms}
     curves = {variant: pool.curve(variant) for variant in e.variants}
     pool.bar.close()
-    print_table(rows, diffs, gflops, e)
+    print_table(rows, diffs, gflops, guess, e)
     out = Path(cfg.run.dir)
     out.mkdir(parents=True, exist_ok=True)
     report = {"runs": [str(run["cells"].path.parent) for run in pool.runs], "gflops": gflops, "table": rows,
-              "differences": diffs, "curves": curves}
+              "differences": diffs, "curves": curves, "recognition_without_looking": guess}
     write_atomic(out / "evaluation.json", json.dumps(report, indent=1) + "\n")
     if pool.curves:
-        draw(curves, e, out / "evaluation.png")
+        draw(curves, None not in guess.values(), e, out / "evaluation.png")
         print(f"\nwritten: {out}/evaluation.json, {out}/evaluation.png")
     if e.transcripts:
         first = pool.runs[0]

@@ -9,9 +9,10 @@ hands.
 Beyond the paper's budget of attempts no ungraded answer is sampled, and nothing leaks across an episode's end.
 
 Logged per update (metrics.jsonl): reward (mean per answer, paper's points), success (share of finished episodes solved),
-first_attempt (share of first attempts solved), recognition, answers (category shares), kl_old, kl_start (nats per
-answer), clip_fraction, entropy (nats per token), explained_variance, value_loss, ratio_gap (mean |ratio - 1| before the
-first step), grad_norm, tokens, gflops (paper's formulas, Init included), seconds, peak_memory_gib.
+first_attempt (share of first attempts solved), recognition (share of first answers that name the cards on the table),
+answers (category shares), kl_old, kl_start (nats per answer), clip_fraction, entropy (nats per token),
+explained_variance, value_loss, ratio_gap (mean |ratio - 1| before the first step), grad_norm, tokens, gflops (paper's
+formulas, Init included), seconds, peak_memory_gib.
 """
 import math
 import time
@@ -66,15 +67,15 @@ def ppo_loss(log_ratio, advantages, clip):
 # ---------------------------------------------------------------- one rollout, one update
 def rollout(policy, play, ppo, generator, bar):
     """`turns` answers at each of N tables. Returns: list of Turns (T x N, time first), their (T, N) advantages and returns."""
-    turns = []
-    for _ in range(ppo.turns):
-        turns += play.turn(policy, ppo.temperature, generator)
-        bar.set_description(f"rollout {len(turns)}")
+    turns, last_value = [], torch.zeros(len(play.envs))
+    with policy.fixed():
+        for _ in range(ppo.turns):
+            turns += play.turn(policy, ppo.temperature, generator)
+            bar.set_description(f"rollout {len(turns)}")
+        waiting = play.waiting()  # tables in mid-episode: only theirs is bootstrapped with V(s_T)
+        if waiting:
+            last_value[waiting] = policy.values(policy.encode([play.episodes[slot][1] for slot in waiting]))
     grid = lambda values, dtype=torch.float32: torch.tensor(values, dtype=dtype).view(ppo.turns, -1)  # noqa: E731
-    waiting = play.waiting()  # tables in mid-episode: only theirs is bootstrapped with V(s_T)
-    last_value = torch.zeros(len(play.envs))
-    if waiting:
-        last_value[waiting] = policy.values(policy.encode([play.episodes[slot][1] for slot in waiting]))
     advantages, returns = gae(grid([t.reward for t in turns]) * ppo.reward_scale, grid([t.value for t in turns]),
                               grid([t.done for t in turns], torch.bool), last_value, ppo.gamma, ppo.lam)
     return turns, advantages.flatten(), returns.flatten()
@@ -209,7 +210,7 @@ def outcome(turns):
     ended, firsts = [t for t in turns if t.done], [t for t in turns if t.info["attempt"] == 1]
     mean = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
     return {"reward": mean([t.reward for t in turns]), "success": mean([t.solved for t in ended]),
-            "first_attempt": mean([t.solved for t in firsts]), "recognition": mean([t.info["recognized"] for t in turns]),
+            "first_attempt": mean([t.solved for t in firsts]), "recognition": mean([t.info["recognized"] for t in firsts]),
             "answers": {c: round(k / len(turns), 4) for c, k in Counter(t.info["category"] for t in turns).most_common()}}
 
 

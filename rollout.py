@@ -7,6 +7,7 @@ import torch
 
 import gp
 from config import UserError, nearest
+from vlm import Sequence
 
 ENVIRONMENTS = {"gp": gp.GeneralPoints}
 EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
@@ -35,7 +36,7 @@ def make_env(settings, verify_iters, **changes):
 class Turn:
     """One step of the MDP: a whole answer v_out to a whole conversation v_in, and what the verifier made of it."""
     slot: int  # which of the tables played side by side
-    prompt: list  # ids of v_in
+    prompt: Sequence  # v_in: ids, and the image if there is one
     answer: list  # ids of v_out, (A,)
     logprobs: torch.Tensor  # (A,) under the sampling distribution
     value: float  # V(v_in)
@@ -55,7 +56,7 @@ class Play:
 
     def __init__(self, envs, seeds):
         self.envs, self.seeds = envs, seeds
-        self.episodes = [None] * len(envs)  # per table [seed, prompt messages, answers so far]; None = closed
+        self.episodes = [None] * len(envs)  # per table [seed, observation, answers so far]; None = closed
         for slot in range(len(envs)):
             self._deal(slot)
 
@@ -64,7 +65,7 @@ class Play:
         self.episodes[slot] = None
         if seed is not None:
             obs, _ = self.envs[slot].reset(seed)
-            self.episodes[slot] = [seed, obs["messages"], []]
+            self.episodes[slot] = [seed, obs, []]
 
     def turn(self, policy, temperature, generator):
         """Every open table answers once. Returns: list of Turns, in the order of the tables."""
@@ -77,7 +78,7 @@ class Play:
             obs, reward, terminated, truncated, info = self.envs[slot].step(text)
             turns.append(Turn(slot, prompt, answer.ids, answer.logprobs, answer.value, text, reward,
                               terminated or truncated, terminated, info, seed))
-            self.episodes[slot] = [seed, obs["messages"], answers + [text]]
+            self.episodes[slot] = [seed, obs, answers + [text]]
             if terminated or truncated:
                 self._deal(slot)
         return turns
@@ -98,14 +99,14 @@ class Play:
             obs, _ = self.envs[slot].reset(seed)
             for answer in answers:
                 obs, *_ = self.envs[slot].step(answer)
-            self.episodes[slot] = [seed, obs["messages"], list(answers)]
+            self.episodes[slot] = [seed, obs, list(answers)]
 
 
 def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None, **changes):
     """Play n episodes to their end; hands depend on (settings, changes, seed) alone, so arms are paired.
 
-    Returns: list of n records {seed, cluster, first, solved, recognized: share of answers, turns: list of Turns},
-    in the order of the seeds. first, solved: bool, on the first attempt and within verify_iters attempts.
+    Returns: list of n records {seed, cluster, first, solved, recognized, turns: list of Turns}, in the order of the
+    seeds. first, solved: bool, on the first attempt and within verify_iters attempts; recognized: in the first answer.
     Source: paper Sec. 4, C.3.
     """
     first_seed = EVAL_SEEDS + seed * 1_000_000
@@ -113,13 +114,14 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
     play = Play(envs, iter(range(first_seed, first_seed + n)))
     generator = torch.Generator(policy.device).manual_seed(seed)
     episodes = {}
-    while any(play.episodes):
-        for turn in play.turn(policy, temperature, generator):
-            episodes.setdefault(turn.seed, []).append(turn)
-            if turn.done and progress is not None:
-                progress.update()
+    with policy.fixed():
+        while any(play.episodes):
+            for turn in play.turn(policy, temperature, generator):
+                episodes.setdefault(turn.seed, []).append(turn)
+                if turn.done and progress is not None:
+                    progress.update()
     return [{"seed": s, "cluster": turns[0].info["cluster"], "first": turns[0].solved, "solved": turns[-1].solved,
-             "recognized": sum(t.info["recognized"] for t in turns) / len(turns), "turns": turns}
+             "recognized": turns[0].info["recognized"], "turns": turns}
             for s, turns in sorted(episodes.items())]
 
 

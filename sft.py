@@ -18,22 +18,21 @@ from tqdm import tqdm
 
 from config import Run, UserError, load, run_main
 from rollout import make_env, training_seeds
-from vlm import Policy, Sequence, learning_rate, load_state, micro_batches, peak_memory, save_state
+from vlm import Policy, learning_rate, load_state, micro_batches, peak_memory, save_state
 
 
 def example(env, seed, mistakes):
-    """(conversation, expert answer) of one episode, after 0..mistakes wrong attempts."""
+    """(observation, expert answer) of one episode, after 0..mistakes wrong attempts."""
     obs, _ = env.reset(seed)
     for _ in range(random.Random(seed).randint(0, mistakes)):
         obs, *_ = env.step(env.mistake())
-    return obs["messages"], env.expert()
+    return obs, env.expert()
 
 
 def sft_batch(policy, env, seeds, mistakes):
     """Sequences whose one span is the expert's answer."""
-    conversations, answers = zip(*(example(env, seed, mistakes) for seed in seeds))
-    return [Sequence(prompt + answer, [(len(prompt), len(prompt) + len(answer))])
-            for prompt, answer in zip(policy.encode(conversations), policy.encode_answers(answers))]
+    observations, answers = zip(*(example(env, seed, mistakes) for seed in seeds))
+    return [prompt.answered(answer) for prompt, answer in zip(policy.encode(observations), policy.encode_answers(answers))]
 
 
 def train_step(policy, optimizer, batch, sft):

@@ -11,7 +11,7 @@ import re
 import resource
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 for _library in ("transformers", "bitsandbytes"):  # their chatter, from the import on, hides our own lines
@@ -32,6 +32,8 @@ from config import ROOT, UserError, find_model  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 
+PARTS = {"language": "language_model|lm_head", "projector": "multi_modal_projector", "vision": "vision_model"}  # in names
+
 
 @dataclass
 class Answer:
@@ -43,27 +45,30 @@ class Answer:
 
 @dataclass
 class Sequence:
-    """Token ids of one conversation and the half-open spans [start, end) of the answers to score in it."""
+    """Token ids of one conversation, the image they speak of, and the half-open spans [start, end) of answers to score."""
     ids: list
     spans: list
+    image: object = None  # PIL image or None
+
+    def answered(self, answer):
+        """This conversation and one more answer (ids)."""
+        return replace(self, ids=self.ids + answer, spans=[*self.spans, (len(self.ids), len(self.ids) + len(answer))])
 
 
 def pack(turns):
-    """Join (prompt ids, answer ids) of successive turns into as few Sequences as possible.
+    """Join (prompt, answer ids) of successive turns into as few Sequences as possible; a prompt is a Sequence.
 
-    A turn whose prompt extends the previous prompt + answer shares its Sequence, so a conversation is read once.
+    A turn whose prompt extends the previous prompt + answer shares its Sequence, so that a conversation is read, and its
+    image looked at, once.
     Returns: list of (Sequence, indices of its turns). Order is kept.
     """
     packed = []
     for index, (prompt, answer) in enumerate(turns):
-        if packed and prompt[:len(packed[-1][0].ids)] == packed[-1][0].ids:
-            sequence, members = packed[-1]
+        before, members = packed[-1] if packed else (None, [])
+        if before and prompt.image is before.image and prompt.ids[:len(before.ids)] == before.ids:
+            packed[-1] = replace(prompt, spans=before.spans).answered(answer), [*members, index]
         else:
-            sequence, members = Sequence([], []), []
-            packed.append((sequence, members))
-        sequence.ids = prompt + answer
-        sequence.spans.append((len(prompt), len(prompt) + len(answer)))
-        members.append(index)
+            packed.append((prompt.answered(answer), [index]))
     return packed
 
 
@@ -115,7 +120,7 @@ class Policy:
         model: cfg.model section. lora: cfg.lora section, or None to tune every parameter.
         value_hidden, value_detach: cfg.ppo's; the value head exists for SFT too and is then not trained.
         seed: of the LoRA and value-head initialisation.
-    Attributes: parameters_total (N of the FLOP formulas), tokens (processed so far: {"train", "inference"}).
+    Attributes: tokens, processed so far: text tokens {"train", "inference"} and image patches {.. "_patches"}.
     Raises: UserError for a model that cannot be loaded or a device that is not there.
     """
 
@@ -127,12 +132,16 @@ class Policy:
         self.processor, base = _load(model, self.device)
         self.tokenizer = self.processor.tokenizer
         self.vocabulary = len(self.tokenizer)
-        self.parameters_total = sum(_numel(p) for p in base.parameters())
-        base.requires_grad_(lora is None)
+        self.special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        self.parameters = sum(_numel(p) for p in base.parameters())  # N of the FLOP formulas
+        self.parameters_eyes = sum(_numel(p) for n, p in base.named_parameters() if not re.search(PARTS["language"], n))
+        tuned = re.compile(".*(" + "|".join(PARTS[part] for part in model.tune) + ")")
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(lora is None and bool(tuned.match(name)))
         if lora is not None:
             try:
                 base = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0,
-                                                       target_modules=lora.target_modules))
+                                                       target_modules=f"(?={tuned.pattern})({lora.target_modules})"))
             except (ValueError, re.error) as error:
                 raise UserError(f"lora.target_modules: {_line(error)}") from None
             for parameter in base.parameters():
@@ -144,15 +153,28 @@ class Policy:
         self.value_head = ValueHead(width, value_hidden).to(self.device)
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32  # 16-bit sampling and scoring differ: see rl.py
-        self.tokens = {"train": 0, "inference": 0}
+        self.tokens = {"train": 0, "inference": 0, "train_patches": 0, "inference_patches": 0}
+        self.seen = None  # inside `fixed`: image features by id(image)
         self.net.eval()
 
-    # ------------------------------------------------------------ text in, ids out
-    def encode(self, conversations):
-        """Prompt ids of chat conversations: the template writes the BOS, the tokenizer adds none."""
-        texts = [self.tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
-                 for m in conversations]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # ------------------------------------------------------------ observations in, ids out
+    def encode(self, observations):
+        """Prompts of observations {"messages", "image"}: the template writes the BOS, the tokenizer adds none.
+
+        Returns: list of Sequences without spans. What a message spells is text: it never becomes a special token.
+        """
+        texts = [self.tokenizer.apply_chat_template([{**m, "content": self._plain(m["content"])} for m in o["messages"]],
+                                                    tokenize=False, add_generation_prompt=True) for o in observations]
+        return [Sequence(ids, [], o["image"]) for o, ids in
+                zip(observations, self.tokenizer(texts, add_special_tokens=False)["input_ids"])]
+
+    def _plain(self, content):
+        """Message content with special tokens that it spells broken up: <|image|> in an answer is no second image."""
+        if isinstance(content, list):
+            return [{**part, "text": self._plain(part["text"])} if "text" in part else part for part in content]
+        for token in self.special:
+            content = content.replace(token, f"{token[0]} {token[1:]}")
+        return content
 
     def encode_answers(self, texts):
         """Answer ids with the end-of-turn token, as the model should write them."""
@@ -168,25 +190,29 @@ class Policy:
         """One answer per prompt, in batches of like length of at most model.sample_tokens padded prompt tokens.
 
         Args:
-            prompts: list of N id lists. temperature: 0 = greedy. generator: torch.Generator on the policy's device.
+            prompts: list of N Sequences. temperature: 0 = greedy. generator: torch.Generator on the policy's device.
         Returns: list of N Answers. An answer that reaches max_new_tokens has no end-of-turn token.
         """
         answers = [None] * len(prompts)
-        with self._merged():
-            for group in micro_batches([(Sequence(p, []), i) for i, p in enumerate(prompts)], self.sample_tokens):
-                batch = self._sample([s.ids for s, _ in group], temperature, generator,
-                                     max_new_tokens or self.max_new_tokens)
+        with self.fixed():
+            live = {id(p.image) for p in prompts}
+            self.seen = {key: entry for key, entry in self.seen.items() if key in live}  # of episodes still under way
+            for group in micro_batches([(p, i) for i, p in enumerate(prompts)], self.sample_tokens):
+                batch = self._sample([p for p, _ in group], temperature, generator, max_new_tokens or self.max_new_tokens)
                 for (_, i), answer in zip(group, batch):
                     answers[i] = answer
         return answers
 
     def _sample(self, prompts, temperature, generator, limit):
         """One batch: prompts padded left, finished rows leave it."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)  # (N, T)
-        out = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
+        width = max(len(p.ids) for p in prompts)
+        ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p.ids)) + p.ids for p in prompts],
+                           device=self.device)
+        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=self.device)  # (N, T)
+        sight = self._sight(ids, [p.image for p in prompts], self._recall)
+        out = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **sight)
         hidden, cache = out.last_hidden_state[:, -1], out.past_key_values  # (N, C)
+        sight = {k: m[:, -1:] for k, m in sight.items() if k == "cross_attention_mask"}  # the rest is in the cache
         answers = [Answer([], [], v) for v in self.value_head(hidden).tolist()]
         self.tokens["inference"] += int(mask.sum())
         rows = torch.arange(len(prompts), device=self.device)  # which answer each live row writes
@@ -208,9 +234,10 @@ class Policy:
                 keep = live.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
                 rows, token, mask = rows[keep], token[keep], mask[keep]
+                sight = {k: m[keep] for k, m in sight.items()}
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             out = self.base.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache,
-                                  position_ids=mask.sum(1, keepdim=True) - 1, use_cache=True)
+                                  position_ids=mask.sum(1, keepdim=True) - 1, use_cache=True, **sight)
             hidden = out.last_hidden_state[:, -1]
             self.tokens["inference"] += len(rows)
         for answer in answers:
@@ -218,24 +245,69 @@ class Policy:
         return answers
 
     @contextmanager
-    def _merged(self):
-        """Inside, every LoRA layer is one matmul with W + s B A instead of a dequantisation and three (if asked for)."""
+    def fixed(self):
+        """For a rollout or an evaluation: inside, weights do not change, so each image is encoded once and, if asked
+        for, every LoRA layer is one matmul with W + s B A instead of a dequantisation and three. May be nested."""
+        if self.seen is not None:
+            yield
+            return
         layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)] if self.merge_for_sampling else []
-        for layer in layers:
-            base = layer.get_base_layer()
-            state = getattr(base.weight, "quant_state", None)
-            weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
-            layer.forward = partial(linear, weight=weight + layer.get_delta_weight("default"), bias=base.bias)
         try:
+            self.seen = {}
+            with torch.no_grad():
+                for layer in layers:
+                    base = layer.get_base_layer()
+                    state = getattr(base.weight, "quant_state", None)
+                    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
+                    layer.forward = partial(linear, weight=weight + layer.get_delta_weight("default"), bias=base.bias)
             yield
         finally:
+            self.seen = None
             for layer in layers:
-                del layer.forward  # the class's own again
+                vars(layer).pop("forward", None)  # the class's own again
 
     @torch.no_grad()
     def values(self, prompts):
         """V(s) of N prompts, (N,): the bootstrap of episodes that a rollout leaves unfinished."""
         return torch.tensor([a.value for a in self.sample(prompts, 0, None, max_new_tokens=1)])
+
+    # ------------------------------------------------------------ images
+    def _sight(self, ids, images, encode):
+        """Keyword arguments by which the language model sees one image per row; {} for rows without.
+
+        Args: ids (B, T), padded; images: B PIL images or Nones; encode: `_encode_images` or `_recall`.
+        Raises: ValueError for a batch that mixes rows with and without an image (Mllama cannot).
+        """
+        if all(image is None for image in images):
+            return {}
+        if any(image is None for image in images):
+            raise ValueError("a batch cannot mix prompts with and without an image")
+        states, tiles = encode(images)  # (B, tiles, patches, C), (B, tiles)
+        after = (ids == self.base.config.image_token_index).cumsum(1) > 0  # (B, T); the two tokens before the image see it
+        # all the same: transformers zeroes the MLP of fully masked rows, not their attention (trained and used alike here)
+        return {"cross_attention_states": states.flatten(0, 1),
+                "cross_attention_mask": (after[:, :, None] & tiles[:, None].bool())[:, :, None].long()}  # (B, T, 1, tiles)
+
+    def _encode_images(self, images):
+        """Vision tower and projector. Returns: states (B, tiles, patches, C) and which tiles are used (B, tiles)."""
+        pixels = self.processor.image_processor([[image] for image in images], return_tensors="pt").to(self.device)
+        tiles = pixels["aspect_ratio_mask"].squeeze(1)
+        out = self.base.model.vision_model(pixel_values=pixels["pixel_values"].to(self.base.dtype),
+                                           aspect_ratio_ids=pixels["aspect_ratio_ids"],
+                                           aspect_ratio_mask=pixels["aspect_ratio_mask"])
+        states = self.base.model.multi_modal_projector(out.last_hidden_state).squeeze(1)
+        self.tokens["train_patches" if torch.is_grad_enabled() else "inference_patches"] += \
+            int(tiles.sum()) * states.shape[2]
+        return states, tiles
+
+    def _recall(self, images):
+        """`_encode_images`, each image once while the weights are fixed."""
+        new = list({id(image): image for image in images if id(image) not in self.seen}.values())
+        if new:
+            for image, states, tiles in zip(new, *self._encode_images(new)):
+                self.seen[id(image)] = image, states, tiles  # the image too, so that its id stays its own
+        _, states, tiles = zip(*(self.seen[id(image)] for image in images))
+        return torch.stack(states), torch.stack(tiles)
 
     # ------------------------------------------------------------ scoring
     def score(self, sequences, temperature=1.0):
@@ -243,7 +315,10 @@ class Policy:
 
         Args: list of Sequences; S answers with A tokens in all, in the order of the sequences and their spans.
         Returns: dict with logprobs (A,), entropy (A,), turn (A,) = index of the answer 0..S-1, values (S,).
+        Raises: RuntimeError inside `fixed`, where merged adapters would pass no gradient back.
         """
+        if self.seen is not None:
+            raise RuntimeError("score inside fixed(): leave the rollout first")
         width = max(len(s.ids) for s in sequences)
         ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -257,8 +332,9 @@ class Policy:
                 turns += [len(starts)] * (end - start)
                 starts.append((row, start - 1))
         ids, mask = ids.to(self.device), mask.to(self.device)  # (B, T)
+        sight = self._sight(ids, [s.image for s in sequences], self._encode_images)
         hidden = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask),
-                                 use_cache=False).last_hidden_state  # (B, T, C)
+                                 use_cache=False, **sight).last_hidden_state  # (B, T, C)
         rows, columns, turns = (torch.tensor(x, device=self.device) for x in (rows, columns, turns))
         logits = self._logits(hidden[rows, columns - 1])  # (A, V): answer positions alone
         logprobs, entropy = token_logprobs(logits, ids[rows, columns], temperature)
@@ -276,8 +352,12 @@ class Policy:
 
     # ------------------------------------------------------------ weights
     def flops(self):
-        """Model FLOPs spent so far: 6 N per trained token, 2 N per token read or sampled (paper, C.3)."""
-        return self.parameters_total * (6 * self.tokens["train"] + 2 * self.tokens["inference"])
+        """Model FLOPs spent so far: 6 N per trained token, 2 N per token read or sampled (paper, C.3).
+
+        N is the whole model's. Beyond the paper, which counts text alone, image patches cost the vision part's N.
+        """
+        spent = lambda kind: 6 * self.tokens["train" + kind] + 2 * self.tokens["inference" + kind]  # noqa: E731
+        return self.parameters * spent("") + self.parameters_eyes * spent("_patches")
 
     def snapshot(self):
         """A copy of the trainable weights: the start that a KL penalty refers to."""
@@ -312,7 +392,7 @@ class Policy:
                 weights = load_file(folder / "adapter_model.safetensors", device=str(self.device))
             else:  # the Auto classes know how names on disk map to the model's
                 tuned = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.base.dtype)
-                weights = {n: p.data for n, p in tuned.named_parameters()}
+                weights = {n: p.data for n, p in tuned.named_parameters() if n in self.trainable}
             head = load_file(folder / "value_head.safetensors", device=str(self.device))
         except Exception as error:  # safetensors raises its own type for a damaged file
             raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None

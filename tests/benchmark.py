@@ -77,7 +77,13 @@ class Benchmark:
     def generate(self, prompts, temperature, _):
         """In place of Policy.sample: Answers of HF `generate`, which draws from the global random state, with text alone."""
         tokenizer, end = self.policy.tokenizer, self.policy.tokenizer.eos_token_id
-        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.policy.device)
+        batch = tokenizer.pad({"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt")
+        if prompts[0].image is not None:  # as MllamaProcessor makes them; every turn encodes its images anew
+            pixels = self.policy.processor.image_processor([[p.image] for p in prompts], return_tensors="pt")
+            after = (batch["input_ids"] == self.policy.base.config.image_token_index).cumsum(1)  # (N, T)
+            batch["cross_attention_mask"] = after[:, :, None, None] * pixels["aspect_ratio_mask"][:, None]
+            batch.update({k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")})
+        batch = batch.to(self.policy.device)
         rows = self.policy.base.generate(**batch, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
                                          max_new_tokens=self.policy.max_new_tokens, eos_token_id=end,
                                          pad_token_id=tokenizer.pad_token_id)  # (N, T + A), finished rows padded
@@ -167,7 +173,7 @@ def main(arguments):
             began, cpu = perf_counter(), process_time()
             first_seed = next(training_seeds(cfg.run.seed)) + number * 10_000
             turns, seconds = getattr(bench, way.replace(" ", "_"))(cfg.ppo if number else small, first_seed)
-            rounds[way].append({"turns": len(turns), "prompt": mean(len(turn.prompt) for turn in turns),
+            rounds[way].append({"turns": len(turns), "prompt": mean(len(turn.prompt.ids) for turn in turns),
                                 "answer": mean(len(turn.answer) for turn in turns), **seconds,
                                 "cores": (process_time() - cpu) / (perf_counter() - began),
                                 "peak": peak_memory(bench.policy.device)})

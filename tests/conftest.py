@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "mini" / "gp_l.yaml"
+PICTURES = CONFIG.with_name("gp_vl.yaml")
 sys.path.insert(0, str(ROOT))
 
 
@@ -55,26 +56,31 @@ def raw(loaded):
     return copy.deepcopy(loaded[1])
 
 
-@pytest.fixture(scope="session")
-def make_policy(loaded):
-    """Factory of mini policies as shipped (NF4, fp32). Untrained LoRA is the identity and an untrained value head is 0,
-    which would hide mistakes, so both get random weights that depend on `noise` alone (0: leave them)."""
+def policies(cfg):
+    """Factory of mini policies of a configuration (NF4, fp32). Untrained LoRA is the identity and an untrained value head
+    is 0, which would hide mistakes, so both get random weights that depend on `noise` alone (0: leave them)."""
     import torch
     from vlm import Policy
 
-    def make(noise=1, seed=0, value_detach=True, **model):
-        settings = copy.deepcopy(loaded[0])
+    def make(noise=1, seed=0, value_detach=True, full=False, **model):
+        settings = copy.deepcopy(cfg)
         vars(settings.model).update(model)
-        policy = Policy(settings.model, settings.lora, settings.ppo.value_hidden, value_detach, seed)
+        policy = Policy(settings.model, None if full else settings.lora, settings.ppo.value_hidden, value_detach, seed)
         if noise:
             generator = torch.Generator().manual_seed(noise)
             for name, parameter in [*policy.trainable.items(), *policy.value_head.named_parameters()]:
-                if "lora_B" in name or "net" in name:
+                if "lora_B" in name or name.startswith("net."):
                     scale = 0.06 if "lora_B" in name else 0.2
                     parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
         return policy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_policy(loaded):
+    """The factory for the shipped text configuration."""
+    return policies(loaded[0])
 
 
 @pytest.fixture(scope="session")

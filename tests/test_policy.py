@@ -28,7 +28,7 @@ pretrain = importlib.import_module("mini.pretrain")
 
 
 def alone(turn):
-    return Sequence(turn.prompt + turn.answer, [(len(turn.prompt), len(turn.prompt) + len(turn.answer))])
+    return turn.prompt.answered(turn.answer)
 
 
 def greedy(policy, prompts):
@@ -38,7 +38,7 @@ def greedy(policy, prompts):
 def tensors(policy, trained):
     """Copies of what training may (or may not) change: 4-bit data, its scales, embeddings and lm_head included."""
     state = policy.net.state_dict()
-    assert set(policy.trainable) < set(state)
+    assert set(policy.trainable) <= set(state)
     return {n: t.clone() for n, t in state.items() if (n in policy.trainable) == trained}
 
 
@@ -66,7 +66,7 @@ def turns(policy, loaded):
 def prompts(turns):
     """Prompts of first and later attempts."""
     found = [t.prompt for t in turns[0.7]]
-    assert len({len(p) for p in found}) > 5
+    assert len({len(p.ids) for p in found}) > 5
     return found
 
 
@@ -75,7 +75,7 @@ def prompts(turns):
 @pytest.mark.parametrize("packed", [True, False], ids=["conversations", "single turns"])
 def test_ratio_is_one_before_the_first_step(policy, turns, temperature, packed):
     played = turns[temperature]
-    assert max(t.info["attempt"] for t in played) >= 3 and len({len(t.prompt) for t in played[-6:]}) > 1  # it was padded
+    assert max(t.info["attempt"] for t in played) >= 3 and len({len(t.prompt.ids) for t in played[-6:]}) > 1  # it was padded
     groups = sequences_of(played, 6) if packed else [(alone(t), [i]) for i, t in enumerate(played)]
     assert not packed or len(groups) <= len(played) - 6  # conversations really were joined
     with torch.no_grad():
@@ -93,9 +93,9 @@ def test_ratio_is_one_before_the_first_step(policy, turns, temperature, packed):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_are_drawn_from_the_softmax_at_that_temperature(policy, temperature):
     """Draws of the first token of a text against the exact distribution: nothing truncated, no other temperature."""
-    prompt, draws = [policy.tokenizer.bos_token_id], 10_000
+    prompt, draws = Sequence([policy.tokenizer.bos_token_id], []), 10_000
     with torch.no_grad():
-        logits = policy.base(input_ids=torch.tensor([prompt])).logits[0, -1, :len(policy.tokenizer)].double()
+        logits = policy.base(input_ids=torch.tensor([prompt.ids])).logits[0, -1, :len(policy.tokenizer)].double()
     wanted = torch.softmax(logits / temperature, -1)
     drawn = policy.sample([prompt] * draws, temperature, torch.Generator().manual_seed(0), max_new_tokens=1)
     got = torch.bincount(torch.tensor([a.ids[0] for a in drawn]), minlength=len(wanted)) / draws
@@ -158,15 +158,15 @@ def test_compute_is_counted_as_in_the_paper(make_policy, turns):
     """2 N per token read or sampled (the last token of an answer is never read), 6 N per trained token."""
     policy, four = make_policy(), turns[0.7][:4]
     answers = greedy(policy, [t.prompt for t in four])
-    read = sum(len(t.prompt) + len(a.ids) - 1 for t, a in zip(four, answers))
+    read = sum(len(t.prompt.ids) + len(a.ids) - 1 for t, a in zip(four, answers))
     with torch.no_grad():
         policy.score([alone(t) for t in four])
-    read += sum(len(t.prompt + t.answer) for t in four)
+    read += sum(len(alone(t).ids) for t in four)
     policy.score([alone(t) for t in four[:2]])
-    trained = sum(len(t.prompt + t.answer) for t in four[:2])
-    assert policy.tokens == {"train": trained, "inference": read}
+    trained = sum(len(alone(t).ids) for t in four[:2])
+    assert policy.tokens == {"train": trained, "inference": read, "train_patches": 0, "inference_patches": 0}
     n = sum(t.numel() for t in load_file(ROOT / "mini/gp/model.safetensors").values())
-    assert policy.parameters_total == n  # 4-bit packing does not shrink N
+    assert policy.parameters == n  # 4-bit packing does not shrink N
     assert policy.flops() == 6 * n * trained + 2 * n * read
 
 
@@ -291,7 +291,7 @@ def test_adapter_loads_with_plain_peft(make_policy, turns, tmp_path):
     policy.save(tmp_path)
     base = AutoModelForImageTextToText.from_pretrained(ROOT / "mini/gp", dtype=torch.float32)
     plain = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    ids = torch.tensor([turns[0.7][0].prompt + turns[0.7][0].answer])
+    ids = torch.tensor([alone(turns[0.7][0]).ids])
     with torch.no_grad():
         ours, theirs = policy.base(input_ids=ids).logits, plain(input_ids=ids).logits
         with plain.disable_adapter():
@@ -391,21 +391,22 @@ def test_what_formulas_are_made_of_is_one_token(policy, text):
 def conversation(seed, mistakes=3, **options):
     env = make_env({"name": "gp", **options}, mistakes + 1)
     obs, _ = env.reset(seed)
-    yield obs["messages"], env.expert()
+    yield obs, env.expert()
     for _ in range(mistakes):
         answer = env.mistake()
         obs, *_ = env.step(answer)
-        yield obs["messages"], answer
+        yield obs, answer
 
 
 def test_one_bos_and_the_template_of_pretraining(policy):
     """The backbone was trained on pretrain.render's text: the chat template must say the same."""
     bos, assistant = policy.tokenizer.bos_token, policy.tokenizer.convert_tokens_to_ids("<|assistant|>")
-    for messages, answer in conversation(3):
+    for obs, answer in conversation(3):
+        messages = obs["messages"]
         for said in (messages, messages + [{"role": "assistant", "content": answer}]):
             text = policy.tokenizer.apply_chat_template(said, tokenize=False)
             assert text == pretrain.render(said) and text.startswith(bos) and text.count(bos) == 1
-        (ids,) = policy.encode([messages])
+        ids = policy.encode([obs])[0].ids
         assert ids.count(policy.tokenizer.bos_token_id) == 1 and ids[0] == policy.tokenizer.bos_token_id
         assert ids[-1] == assistant and ids[:-1] == policy.tokenizer(pretrain.render(messages), add_special_tokens=False).input_ids
 
@@ -416,8 +417,8 @@ def test_tokenizer_that_adds_a_bos_of_its_own_is_not_let(make_policy):
     bos = policy.tokenizer.bos_token, policy.tokenizer.bos_token_id
     policy.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     assert policy.tokenizer("x").input_ids[0] == bos[1]
-    (messages, answer), *_ = conversation(3)
-    assert policy.encode([messages])[0].count(bos[1]) == 1 and bos[1] not in policy.encode_answers([answer])[0]
+    (obs, answer), *_ = conversation(3)
+    assert policy.encode([obs])[0].ids.count(bos[1]) == 1 and bos[1] not in policy.encode_answers([answer])[0]
 
 
 @pytest.mark.parametrize("options", [{"rule": "ten"}, {"rule": "face", "require_face": True}], ids=str)
@@ -425,7 +426,7 @@ def test_next_prompt_continues_with_the_answer(policy, options):
     """What makes a conversation one sequence: prompt_{t+1} starts with prompt_t, the answer's ids and its end token."""
     for seed in range(20):
         steps = list(conversation(seed, **options))
-        prompts = policy.encode([messages for messages, _ in steps])
+        prompts = [p.ids for p in policy.encode([obs for obs, _ in steps])]
         for before, after, (_, answer) in zip(prompts, prompts[1:], steps[1:]):
             continued = before + policy.encode_answers([answer])[0]
             assert after[:len(continued)] == continued and len(after) > len(continued)

@@ -141,7 +141,7 @@ def test_pack_joins_what_extends():
              ([1, 2, 9, 4], [5]),  # another one: it differs from what came before
              ([1, 2], [3]),  # shorter than what came before
              ([1, 2, 3], [4])]  # extends it by nothing: still the same conversation
-    packed = pack(turns)
+    packed = pack([(Sequence(prompt, []), answer) for prompt, answer in turns])
     assert [members for _, members in packed] == [[0, 1, 2], [3], [4, 5]]
     assert packed[0][0] == Sequence([1, 2, 3, 4, 5, 6, 7, 8], [(2, 3), (4, 6), (7, 8)])
     for sequence, members in packed:
@@ -239,7 +239,7 @@ def test_first_step_is_the_policy_gradient(free_policy, turns, cfg, ratio):
     recorder, loss, values = Recorder(free_policy), 0, 0
     recorder.zero_grad()
     for turn, advantage, target in zip(turns, *noise):
-        out = free_policy.score([Sequence(turn.prompt + turn.answer, [(len(turn.prompt), len(turn.prompt + turn.answer))])], 0.7)
+        out = free_policy.score([turn.prompt.answered(turn.answer)], 0.7)
         weights = token_weights(free_policy, turn, '"formula"', 0.5) if ratio == "turn" else 1
         loss = loss - advantage * (weights * out["logprobs"]).sum()
         values = values + (out["values"][0] - target) ** 2
@@ -302,7 +302,7 @@ def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
 
 
 def test_paired_difference_of_identical_arms_is_exactly_zero():
-    one = {"first": [0, 1] * 50, "solved": [1, 1, 0, 1] * 25, "cluster": [i // 3 for i in range(100)]}
+    one = {"first": [0, 1] * 50, "solved": [1, 1, 0, 1] * 25, "recognized": [1] * 100, "cluster": [i // 3 for i in range(100)]}
     two = {**one, "solved": [1, 1, 1, 1] + one["solved"][4:]}  # one hand more
     cells = {"a": one, "b": one, "c": two}
     e = SimpleNamespace(splits=["all"], variants={"ID": {}}, temperatures=[0.2])
