@@ -1,6 +1,7 @@
 """Make the mini backbone: a Llama-3.2-Vision-shaped model of under 2 M parameters, trained from scratch on a laptop.
 
-    python mini/pretrain.py mini/gp.yaml
+    python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
+    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the model that is there
 
 The backbone stands in for pre-training: it has met every rule for J, Q and K in general form, and conversations in
 which imperfect authors try, are corrected, and often just say the same thing again. It never meets a value
@@ -49,6 +50,8 @@ def phrases():
                    "a number is missing in the formula", "the formula divides by zero", "the formula is too long",
                    "the formula is empty", 'no "formula" was found in the answer'):
         pieces += [p for p in (start + reason + end).split("#")]
+    pieces.append(re.split(r"\{[JQK]\}", prompt)[-1].replace("{cards}", gp.PICTURE))
+    pieces += [gp.RETRY.format(reason=reason) for reason in (gp.MISREAD_REASON, 'no "cards" were found in the answer')]
     return list(dict.fromkeys(pieces))
 
 
@@ -83,10 +86,13 @@ def build_model(shape, tokenizer):
 
 # ---------------------------------------------------------------- corpus
 class Corpus:
-    """Conversations of imperfect authors about hands of the train split, under many rules for J, Q and K."""
+    """Conversations of imperfect authors about hands of the train split, under many rules for J, Q and K.
 
-    def __init__(self, data, seed):
-        self.data, self.rng, self.envs = data, random.Random(seed), {}
+    Args: data: the recipe's shares; seed; image_size: None, or of the pictures that the cards are read from.
+    """
+
+    def __init__(self, data, seed, image_size=None):
+        self.data, self.rng, self.image_size, self.envs = data, random.Random(seed), image_size, {}
 
     def env(self):
         kind = self.rng.choices(("ten", "face", "other"), [self.data["ten"], self.data["face"], self.data["other"]])[0]
@@ -98,12 +104,15 @@ class Corpus:
         else:
             slot = kind
         if slot not in self.envs or kind == "other":
-            self.envs[slot] = gp.GeneralPoints(rule=rule, split="train", expert="varied", require_face=kind == "face")
+            self.envs[slot] = gp.GeneralPoints(rule=rule, split="train", expert="varied", require_face=kind == "face",
+                                               image_size=self.image_size)
         return self.envs[slot]
 
     def conversation(self):
-        """Chat turns of one author: tries, the verifier's text, and the same again or another try."""
+        """Observation at the end of one author's turns: tries, the verifier's text, the same again or another try."""
         env, data, answer = self.env(), self.data, None
+        if self.image_size:
+            env.suits = self.rng.choices(("black", "red", "mixed"), [data[s] for s in ("black", "red", "mixed")])[0]
         obs, _ = env.reset(self.rng.getrandbits(48))
         while not env.done:
             if answer is None or self.rng.random() >= data["repeat"]:
@@ -116,7 +125,9 @@ class Corpus:
             if self.rng.random() >= data["continue"]:
                 break
         messages = obs["messages"]
-        return messages if messages[-1]["role"] == "assistant" or env.done else messages[:-1]
+        if messages[-1]["role"] == "user" and not env.done:
+            messages = messages[:-1]
+        return {"messages": messages, "image": obs["image"], "cards": list(env.cards)}
 
     def arithmetic(self):
         """Plain sums, as any corpus has them: formula=value, one after another."""
@@ -145,7 +156,7 @@ def batches(corpus, tokenizer, tokens):
             if corpus.rng.random() < corpus.data["arithmetic"]:
                 texts.append(SPECIAL["bos"] + corpus.arithmetic() + SPECIAL["eos"])
             else:
-                texts.append(render(corpus.conversation()))
+                texts.append(render(corpus.conversation()["messages"]))
         documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
         documents.sort(key=len)
         chunks, chunk = [], []
@@ -163,8 +174,10 @@ def render(messages):
     """The chat template without Jinja, 50 times faster; a test holds the two equal."""
     text = SPECIAL["bos"]
     for m in messages:
-        user = m["role"] == "user"
-        text += (SPECIAL["user"] if user else SPECIAL["assistant"]) + m["content"] + ("" if user else SPECIAL["eos"])
+        user, content = m["role"] == "user", m["content"]
+        if isinstance(content, list):
+            content = "".join(part.get("text", SPECIAL["image"]) for part in content)
+        text += (SPECIAL["user"] if user else SPECIAL["assistant"]) + content + ("" if user else SPECIAL["eos"])
     return text
 
 
@@ -183,50 +196,136 @@ def collate(documents, tokenizer):
 
 # ---------------------------------------------------------------- training
 def optimizers(model, train):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, output layer and vectors."""
-    body = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    """Muon for the matrices inside the blocks, AdamW for embeddings, output layer and vectors; trainable ones alone."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    body = [p for n, p in named if p.ndim == 2 and "layers" in n]
     ids = {id(p) for p in body}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for _, p in named if id(p) not in ids]
     return [torch.optim.Muon(body, lr=train["lr_muon"], weight_decay=0.0),
             torch.optim.AdamW(rest, lr=train["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def main(path):
-    recipe = yaml.safe_load(Path(path).read_text())
-    train, out = recipe["train"], Path(recipe["out"])
-    torch.manual_seed(train["seed"])
-    processor = build_processor(recipe["shape"]["vision"]["image_size"])
-    tokenizer = processor.tokenizer
-    model = build_model(recipe["shape"], tokenizer)
-    opts = optimizers(model, train)
+def fit(model, opts, stream, step, train):
+    """Train until train["tokens"] text tokens are read. step(batch) -> loss; batches start with (ids, mask).
+
+    Returns: figures of the run.
+    """
     base = [[g["lr"] for g in o.param_groups] for o in opts]
-    stream = batches(Corpus(recipe["data"], train["seed"]), tokenizer, train["batch_tokens"])
     seen, losses, start = 0, [], time.time()
     bar = tqdm(total=train["tokens"], unit="tok", unit_scale=True)
     while seen < train["tokens"]:
-        ids, mask, labels = next(stream)
+        batch = next(stream)
         share = seen / train["tokens"]
         factor = min(1.0, (1 - share) / train["decay"], 0.05 + seen / train["warmup_tokens"])
         for o, rates in zip(opts, base):
             for group, rate in zip(o.param_groups, rates):
                 group["lr"] = rate * factor
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss = step(batch)
         loss.backward()
         for o in opts:
             o.step()
             o.zero_grad()
-        seen += int(mask.sum())
+        tokens = int(batch[1].sum())
+        seen += tokens
         losses.append(loss.item())
-        bar.update(int(mask.sum()))
+        bar.update(tokens)
         if len(losses) % 20 == 0:
             bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    model.to(torch.bfloat16).save_pretrained(out)
-    processor.save_pretrained(out)
-    figures = {"tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50, "seconds": time.time() - start,
-               "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}
-    (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(figures)
+    return {"tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50, "seconds": time.time() - start,
+            "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}
+
+
+def train_text(model, processor, recipe):
+    """Stage 1: the language model learns the game in words."""
+    train = recipe["train"]
+    stream = batches(Corpus(recipe["data"], train["seed"]), processor.tokenizer, train["batch_tokens"])
+
+    def step(batch):
+        ids, mask, labels = batch
+        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+    return fit(model, optimizers(model, train), stream, step, train)
+
+
+def train_vision(model, processor, recipe):
+    """Stage 2: tower, projector and cross-attention learn to see; the language model stays as it is, bit for bit.
+
+    This is how Llama 3.2 got its eyes too. A linear probe per card is trained along: its loss tells the tower where
+    the ranks are long before the language loss would.
+    """
+    train, size = recipe["vision"], recipe["shape"]["vision"]["image_size"]
+    layers = recipe["shape"]["text"]["cross_attention_layers"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("vision_model" in name or "multi_modal_projector" in name
+                                 or any(f"language_model.layers.{i}." in name for i in layers))
+    corpus = Corpus({**recipe["data"], **train}, train["seed"], [size, size])
+    side, slots = size // recipe["shape"]["vision"]["patch_size"], 4
+    rows = slice(side // 4, side - side // 4)  # the cards lie in the middle
+    width = recipe["shape"]["text"]["hidden_size"] * (side // 2) * (side // slots)
+    probe = torch.nn.Linear(width, len(gp.RANKS))
+    opts = optimizers(model, train)
+    opts[1].add_param_group({"params": list(probe.parameters())})
+    correct = []
+
+    def step(batch):
+        ids, mask, labels, pixels, ranks = batch
+        sight = (ids == model.config.image_token_index).cumsum(1)[:, :, None, None]
+        hidden = model.model.vision_model(**pixels).last_hidden_state  # (B, 1, 1, 1 + side^2, C)
+        states = model.model.multi_modal_projector(hidden).flatten(0, 2)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, cross_attention_states=states,
+                     cross_attention_mask=sight).loss
+        grid = states[:, 1:].unflatten(1, (side, side))[:, rows]  # (B, side/2, side, C)
+        grid = grid.unflatten(2, (slots, side // slots)).transpose(1, 2).flatten(2)  # (B, slots, ...)
+        guess = probe(grid)
+        correct.append((guess.argmax(-1) == ranks).float().mean().item())
+        return loss + train["probe"] * torch.nn.functional.cross_entropy(guess.flatten(0, 1), ranks.flatten())
+
+    figures = fit(model, opts, pictures(corpus, processor, train["batch_tokens"]), step, train)
+    return {**figures, "probe": sum(correct[-50:]) / 50}
+
+
+def pictures(corpus, processor, tokens):
+    """Endless batches about pictures: (input_ids, attention_mask, labels, pixel inputs, (B, 4) rank indices)."""
+    while True:
+        found = [corpus.conversation() for _ in range(256)]
+        texts = [render(o["messages"]) for o in found]
+        documents = list(zip(processor.tokenizer(texts, add_special_tokens=False)["input_ids"], found))
+        corpus.rng.shuffle(documents)
+        documents.sort(key=lambda d: len(d[0]) // 40)
+        chunks, chunk = [], []
+        for document in documents:
+            if chunk and (len(chunk) + 1) * max(len(d[0]) for d in [*chunk, document]) > tokens:
+                chunks.append(chunk)
+                chunk = []
+            chunk.append(document)
+        corpus.rng.shuffle(chunks)
+        for chunk in chunks:
+            pixels = processor.image_processor([[o["image"]] for _, o in chunk], return_tensors="pt")
+            ranks = torch.tensor([[gp.RANKS.index(c) for c in o["cards"]] for _, o in chunk])
+            yield (*collate([ids for ids, _ in chunk], processor.tokenizer),
+                   {k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}, ranks)
+
+
+STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # name -> section of the recipe, function
+
+
+def main(path, *stages):
+    recipe = yaml.safe_load(Path(path).read_text())
+    out, log = Path(recipe["out"]), Path(recipe["out"]) / "training.json"
+    processor = build_processor(recipe["shape"]["vision"]["image_size"])
+    for stage in stages or STAGES:  # each starts from what is on disk, so that it can be run alone to the same weights
+        section, train = STAGES[stage]
+        torch.manual_seed(recipe[section]["seed"])
+        model, figures = build_model(recipe["shape"], processor.tokenizer), {}
+        if stage != "text":
+            model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).state_dict())
+            figures = json.loads(log.read_text())
+        figures[stage] = train(model, processor, recipe)
+        model.to(torch.bfloat16).save_pretrained(out)
+        processor.save_pretrained(out)
+        log.write_text(json.dumps(figures, indent=1) + "\n")
+        print(figures[stage])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

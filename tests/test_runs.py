@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import CONFIG, ROOT
+from conftest import CONFIG, PICTURES, ROOT
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -26,11 +26,11 @@ TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8"
 MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
 
 
-def run(script, folder, *overrides):
+def run(script, folder, *overrides, config=CONFIG, tiny=TINY):
     """main() as `python script.py CONFIG ...` would call it. The tiny settings live in a YAML file, so that they do not
     name the arm."""
-    settings = yaml.safe_load(CONFIG.read_text())
-    for override in TINY:
+    settings = yaml.safe_load(config.read_text())
+    for override in tiny:
         override_one(settings, override)
     path = folder.parent / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -212,14 +212,15 @@ def test_example_after_mistakes(cfg):
     """The prompt holds the wrong attempts and the verifier's texts, the expert has the last word and is right."""
     env, lengths = make_env(cfg.env, 3), set()
     for seed in range(30):
-        messages, answer = sft.example(env, seed, 2)
-        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) + ["user"]
+        obs, answer = sft.example(env, seed, 2)
+        messages = obs["messages"]
+        assert obs["image"] is None and [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) + ["user"]
         assert all(m["content"].startswith("You failed this trial: ") for m in messages[2::2])
         assert env.step(answer)[1] == 5
-        assert sft.example(env, seed, 2) == (messages, answer)
+        assert sft.example(env, seed, 2) == (obs, answer)
         lengths.add(len(messages))
     assert lengths == {1, 3, 5}
-    assert all(len(sft.example(env, seed, 0)[0]) == 1 for seed in range(5))
+    assert all(len(sft.example(env, seed, 0)[0]["messages"]) == 1 for seed in range(5))
 
 
 def test_sft_on_mistakes_runs(tmp_path):
@@ -338,3 +339,93 @@ def test_evaluation_of_nothing_is_a_user_error(tmp_path, no_model):
     for init in ("sft/step_2", "none"):
         with pytest.raises(UserError, match=str(tmp_path)):
             run("eval", tmp_path / "empty", f"ppo.init={init}")
+
+
+# ---------------------------------------------------------------- pictures (GP-VL), from SFT to the table
+TINY_PICTURES = (*TINY, "sft.steps=3", "sft.init_step=1", "sft.save_every=1", "sft.batch_size=4", "ppo.init=sft/step_1",
+                 "ppo.updates=2", "ppo.envs=4", "ppo.verify_iters=3", "eval.splits={all: 6, unseen: 4}", "eval.curve_n=2",
+                 "eval.verify_iters=2", "eval.temperatures=[0.2]")
+
+
+def run_pictures(script, folder, *overrides):
+    return run(script, folder, *overrides, config=PICTURES, tiny=TINY_PICTURES)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """(run directory of an SFT and a PPO run on pictures, what eval.py printed)."""
+    folder, printed = tmp_path_factory.mktemp("seeing") / "run", io.StringIO()
+    run_pictures("sft", folder)
+    run_pictures("rl", folder)
+    with contextlib.redirect_stdout(printed):
+        run_pictures("eval", folder)
+    return folder, printed.getvalue()
+
+
+def test_runs_on_pictures_log_recognition_and_the_compute_of_seeing(seeing):
+    folder, _ = seeing
+    supervised, updates = lines(folder / "sft" / "metrics.jsonl"), lines(folder / "rl" / "metrics.jsonl")
+    assert [r["step"] for r in supervised] == [1, 2, 3] and [r["step"] for r in updates] == [1, 2]
+    assert all(math.isfinite(r["loss"]) and r["tokens"]["train_patches"] == 4 * 65 * r["step"] for r in supervised)
+    for record in updates:
+        assert 0 <= record["recognition"] <= 1 and record["ratio_gap"] < 3e-4
+        assert set(record["answers"]) <= {"correct", "wrong_value", "wrong_numbers", "illegal", "misread"}
+        assert record["first_attempt"] <= record["recognition"]  # gate: nothing is solved unread
+        assert record["tokens"]["inference_patches"] > 0
+    for now, before in zip(updates[1:], updates):
+        assert all(now["tokens"][kind] > before["tokens"][kind] for kind in before["tokens"])
+    rewards = {5, -1, -2, -3, -4, -1.5, -2.5}
+    assert {r["reward"] for r in lines(folder / "rl" / "transcripts.jsonl")} <= rewards
+
+
+def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
+    folder, printed = seeing
+    report = json.loads((folder / "evaluation.json").read_text())
+    variants = ("ID", "rule OOD", "visual OOD")
+    assert len(report["table"]) == 2 * 3 * 3  # splits x variants x arms, one temperature
+    assert {(r["split"], r["variant"], r["arm"]) for r in report["table"]} == {
+        (s, v, a) for s in ("all", "unseen") for v in variants for a in ("Init", "sft", "rl")}
+    assert len(report["differences"]) == 2 * 3 * 3  # two against Init and one against SFT
+    for row in report["table"] + report["differences"]:
+        lowest = -100 if "base" in row else 0
+        for name in ("first", "solved", "recognized"):
+            mean, low, high = row[name]
+            assert lowest - 1e-3 <= low <= mean + 1e-3 and mean - 1e-3 <= high <= 100.001
+    for row in report["table"]:
+        assert row["first"][0] <= row["recognized"][0] + 1e-3  # gate: nothing is solved unread
+    guess = report["recognition_without_looking"]
+    assert list(guess) == list(variants) and guess["ID"] == guess["visual OOD"] != guess["rule OOD"]
+    for variant, changes in (("ID", {}), ("rule OOD", {"rule": "face", "require_face": True})):
+        env = make_env({"name": "gp", "image_size": [112, 112], "split": "all", **changes}, 2)
+        assert guess[variant] == pytest.approx(100 * env.guess)
+        assert f"{variant} {100 * env.guess:.1f}" in printed
+    for split in ("all", "unseen"):
+        assert f"{split}: recognition %" in printed and f"{split}: success %" in printed
+    assert "without looking" in printed and "paired differences of recognition" in printed
+    assert "visual OOD" in printed and "rl - sft" in printed
+    assert all(len(point) == 5 for arms in report["curves"].values() for points in arms.values() for point in points)
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    red, black = ({tuple(c["cluster"]) for c in lines(folder / "evaluations.jsonl") if c["key"][2].get("suits") == s
+                   and c["key"][2]["rule"] == "ten" and c["key"][3] == "all" and c["key"][5] == 6} for s in ("red", "black"))
+    assert len(red) == 1 and red == black  # visual OOD plays the hands of ID, by all arms
+
+
+def test_text_evaluation_does_not_speak_of_recognition(evaluated):
+    folder, printed = evaluated
+    report = json.loads((folder / "evaluation.json").read_text())
+    assert "recognition" not in printed and set(report["recognition_without_looking"].values()) == {None}
+
+
+def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(seeing, tmp_path, monkeypatch):
+    """Stopped after the second update of two: the first checkpoint holds tables in mid-episode, their pictures are redrawn."""
+    folder, tables = tmp_path / "run", torch.load(seeing[0] / "rl/step_1/trainer.pt", weights_only=True)["play"]["tables"]
+    assert any(answers for _, answers in tables)
+    shutil.copytree(seeing[0] / "sft", folder / "sft")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run_pictures("rl", folder)
+    assert [n for n, _ in checkpoints(folder / "rl")] == [1]
+    run_pictures("rl", folder)
+    assert_same_run(folder / "rl", seeing[0] / "rl")
+    assert log(folder / "rl", "transcripts") == log(seeing[0] / "rl", "transcripts")
