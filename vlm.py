@@ -398,7 +398,8 @@ class Policy:
             raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
-            raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration")
+            raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration "
+                            "(lora.r, lora.target_modules, model.tune)")
         for n, parameter in own.items():
             parameter.data.copy_(weights[n])
         if value_head:
