@@ -1,7 +1,7 @@
 """Make the mini backbone: a Llama-3.2-Vision-shaped model of under 2 M parameters, trained from scratch on a laptop.
 
     python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
-    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the model that is there
+    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model that is there
 
 The backbone stands in for pre-training: it has met every rule for J, Q and K in general form, and conversations in
 which imperfect authors try, are corrected, and often just say the same thing again. It never meets a value
@@ -247,6 +247,12 @@ def train_text(model, processor, recipe):
     return fit(model, optimizers(model, train), stream, step, train)
 
 
+def learns_to_see(name, recipe):
+    """Whether the second stage trains this parameter: tower, projector and cross-attention layers."""
+    layers = [f"language_model.layers.{i}." for i in recipe["shape"]["text"]["cross_attention_layers"]]
+    return any(part in name for part in ("vision_model", "multi_modal_projector", *layers))
+
+
 def train_vision(model, processor, recipe):
     """Stage 2: tower, projector and cross-attention learn to see; the language model stays as it is, bit for bit.
 
@@ -254,10 +260,8 @@ def train_vision(model, processor, recipe):
     the ranks are long before the language loss would.
     """
     train, size = recipe["vision"], recipe["shape"]["vision"]["image_size"]
-    layers = recipe["shape"]["text"]["cross_attention_layers"]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("vision_model" in name or "multi_modal_projector" in name
-                                 or any(f"language_model.layers.{i}." in name for i in layers))
+        parameter.requires_grad_(learns_to_see(name, recipe))
     corpus = Corpus({**recipe["data"], **train}, train["seed"], [size, size])
     side, slots = size // recipe["shape"]["vision"]["patch_size"], 4
     rows = slice(side // 4, side - side // 4)  # the cards lie in the middle
@@ -313,12 +317,15 @@ def main(path, *stages):
     recipe = yaml.safe_load(Path(path).read_text())
     out, log = Path(recipe["out"]), Path(recipe["out"]) / "training.json"
     processor = build_processor(recipe["shape"]["vision"]["image_size"])
-    for stage in stages or STAGES:  # each starts from what is on disk, so that it can be run alone to the same weights
+    for stage in stages or STAGES:
         section, train = STAGES[stage]
         torch.manual_seed(recipe[section]["seed"])
         model, figures = build_model(recipe["shape"], processor.tokenizer), {}
         if stage != "text":
-            model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).state_dict())
+            # fresh eyes beside the text stage's weights: run again, alone or after the first, it ends the same
+            done = MllamaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).state_dict()
+            fresh = model.to(torch.bfloat16).float().state_dict()
+            model.load_state_dict({n: (fresh if learns_to_see(n, recipe) else done)[n] for n in fresh})
             figures = json.loads(log.read_text())
         figures[stage] = train(model, processor, recipe)
         model.to(torch.bfloat16).save_pretrained(out)
