@@ -5,8 +5,9 @@
 
 Arms: Init (the checkpoint ppo.init), every rl* folder (last checkpoint) and every sft* folder (the checkpoint whose
 model FLOPs are nearest to the rl arm's: equal compute; the last one if there is no rl arm). All arms play the same
-hands, so differences are paired; intervals are 95 % bootstraps clustered by value multiset (or route). Where there are
-pictures, recognition is shown beside success.
+episodes, so differences are paired; a metric is right / all, summed over episodes, its interval a 95 % bootstrap
+clustered by value multiset (or route). The environment says what is shown (env.reports) and which reference policies
+(env.references) stand below the arms.
 
 Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (the table) and
 evaluation.png. Source: paper Sec. 5, C.3, with this project's protocol (README).
@@ -21,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from config import UserError, checkpoints, load, run_main, write_atomic
-from rollout import evaluate, make_env
+from rollout import evaluate, make_env, play_reference
 from vlm import Policy, load_state
 
 RESAMPLES = 2000
@@ -42,12 +43,20 @@ def cluster_weights(clusters, resamples=RESAMPLES, seed=0):
     return counts[:, index]
 
 
-def interval(values, weights):
-    """Mean of n values and its 95 % bootstrap interval (low, high), under cluster_weights."""
-    values = torch.as_tensor(values, dtype=torch.float32)
-    means = (weights @ values) / weights.sum(1).clamp(min=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
-    return values.mean().item(), low, high
+def interval(pairs, weights, base=None):
+    """The ratio of sums of n (right, of) pairs and its 95 % bootstrap interval, under cluster_weights.
+
+    Args: base: n pairs of another arm on the same episodes, to take the difference of the two ratios.
+    Returns: ratio (or difference), low, high; a resample in which `of` sums to 0 does not count.
+    """
+    weights = torch.cat([torch.ones(1, weights.shape[1]), weights])  # row 0: every episode once
+
+    def ratios(pairs):
+        right, of = torch.tensor(pairs, dtype=torch.float32).T  # (n,) each
+        return (weights @ right).double() / (weights @ of)
+
+    values = (ratios(pairs) - (0 if base is None else ratios(base))).float()  # (1 + resamples,)
+    return values[0].item(), *torch.nanquantile(values[1:], torch.tensor([0.025, 0.975])).tolist()
 
 
 # ---------------------------------------------------------------- arms and their cells
@@ -81,7 +90,10 @@ def spread(count, most=CURVE_POINTS):
 
 
 class Cells:
-    """Evaluated cells of one run: each (checkpoint, variant, split, temperature, n) is played once and kept."""
+    """Evaluated cells of one run: each (checkpoint, variant, split, temperature, n) is played once and kept.
+
+    In place of a checkpoint's path there may be the name of a reference policy; it has no temperature (None).
+    """
 
     def __init__(self, cfg, run_dir):
         self.cfg, self.path = cfg, Path(run_dir) / "evaluations.jsonl"
@@ -89,26 +101,27 @@ class Cells:
         self.known, self.shown = {}, set()
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
-            with suppress(ValueError):  # a line that a kill cut off is played again
+            with suppress(ValueError, KeyError):  # a line that a kill cut off or an older version wrote: played again
                 cell = json.loads(line)
-                self.known[json.dumps(cell["key"])] = cell
+                self.known[json.dumps(cell["key"])] = {name: cell[name] for name in ("key", "cluster", "counts")}
         if len(self.known) != len(lines):
             write_atomic(self.path, "".join(json.dumps(cell) + "\n" for cell in self.known.values()))
 
     def key(self, checkpoint, variant, split, temperature, n):
-        e = self.cfg.eval
-        return [str(checkpoint.relative_to(self.path.parent)), int(checkpoint.stat().st_mtime),
-                {**self.cfg.env, **e.variants[variant]}, split, temperature, n, e.verify_iters, e.seed]
+        e, arm = self.cfg.eval, [checkpoint, None]
+        if temperature is not None:
+            arm = [str(checkpoint.relative_to(self.path.parent)), int(checkpoint.stat().st_mtime)]
+        return [*arm, {**self.cfg.env, **e.variants[variant]}, split, temperature, n, e.verify_iters, e.seed]
 
     def get(self, checkpoint, variant, split, temperature, n, bar):
-        """{first, solved, recognized: lists of 0/1, cluster: list} over n episodes."""
+        """{cluster: list, counts: {metric: list of (right, of)}} over n episodes; what does not occur is (0, 0)."""
         key = self.key(checkpoint, variant, split, temperature, n)
         name = json.dumps(key)
         if name not in self.known:
             records = self.play(checkpoint, variant, split, temperature, n, bar)
-            cell = {"key": key, "first": [int(r["first"]) for r in records],
-                    "solved": [int(r["solved"]) for r in records], "cluster": [r["cluster"] for r in records],
-                    "recognized": [int(r["recognized"]) for r in records]}
+            metrics = dict.fromkeys(metric for r in records for metric in r["counts"])
+            cell = {"key": key, "cluster": [r["cluster"] for r in records],
+                    "counts": {m: [r["counts"].get(m, (0, 0)) for r in records] for m in metrics}}
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(cell) + "\n")
             self.known[name] = cell
@@ -119,7 +132,12 @@ class Cells:
 
     def play(self, checkpoint, variant, split, temperature, n, bar):
         """Episodes of a checkpoint, under the model and LoRA settings of its own arm. Returns: records of `evaluate`."""
-        e, arm = self.cfg.eval, yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
+        e, changes = self.cfg.eval, {"split": split, **self.cfg.eval.variants[variant]}
+        if temperature is None:
+            records = play_reference(self.cfg.env, checkpoint, n, e.seed, e.verify_iters, **changes)
+            bar.update(n)
+            return records
+        arm = yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
         shape = {**arm["model"], "device": self.cfg.model.device}, arm["lora"]
         if self.shape != shape:
             self.policy = Policy(SimpleNamespace(**shape[0]), shape[1] and SimpleNamespace(**shape[1]))
@@ -127,30 +145,29 @@ class Cells:
         if self.loaded != checkpoint:
             self.policy.load(checkpoint, value_head=False)
             self.loaded = checkpoint
-        return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar,
-                        **{"split": split, **e.variants[variant]})
+        return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
 
 
 # ---------------------------------------------------------------- table
 def temperature_name(t):
-    return "greedy" if t == 0 else f"T = {t:g}"
+    return "greedy" if not t else f"T = {t:g}"
 
 
-def summarize(cells_of, arms, e):
-    """Rows {split, variant, arm, temperature, first, solved, recognized: [mean, low, high] in %, n} of the table."""
+def summarize(cells_of, arms, references, e):
+    """Rows {split, variant, arm, temperature, n, metrics: {name: [value, low, high] in %}} of the table.
+
+    Args: references: {variant: names of reference policies}; theirs are rows of temperature None.
+    """
     rows, weights = [], {}
     for split in e.splits:
         for variant in e.variants:
-            for arm in arms:
-                for t in e.temperatures:
-                    cell = cells_of(arm, variant, split, t)
-                    place = (split, variant)
-                    if place not in weights:
-                        weights[place] = cluster_weights(cell["cluster"])
-                    row = {"split": split, "variant": variant, "arm": arm, "temperature": t, "n": len(cell["solved"])}
-                    for name in ("first", "solved", "recognized"):
-                        row[name] = [100 * x for x in interval(cell[name], weights[place])]
-                    rows.append(row)
+            for arm, t in [(a, t) for a in arms for t in e.temperatures] + [(r, None) for r in references[variant]]:
+                cell, place = cells_of(arm, variant, split, t), (split, variant)
+                if place not in weights:
+                    weights[place] = cluster_weights(cell["cluster"])
+                rows.append({"split": split, "variant": variant, "arm": arm, "temperature": t, "n": len(cell["cluster"]),
+                             "metrics": {m: [100 * x for x in interval(pairs, weights[place])]
+                                         for m, pairs in cell["counts"].items()}})
     return rows
 
 
@@ -159,74 +176,79 @@ def differences(cells_of, pairs, e):
     rows = []
     for split in e.splits:
         for variant in e.variants:
+            weights = None
             for t in e.temperatures:
-                weights = None
                 for arm, base in pairs:
                     a, b = (cells_of(x, variant, split, t) for x in (arm, base))
                     weights = cluster_weights(a["cluster"]) if weights is None else weights
-                    row = {"split": split, "variant": variant, "temperature": t, "arm": arm, "base": base}
-                    for name in ("first", "solved", "recognized"):
-                        row[name] = [100 * x for x in interval([x - y for x, y in zip(a[name], b[name])], weights)]
-                    rows.append(row)
+                    metrics = {m: [100 * x for x in interval(a["counts"][m], weights, b["counts"][m])]
+                               for m in a["counts"] if m in b["counts"]}
+                    rows.append({"split": split, "variant": variant, "temperature": t, "arm": arm, "base": base,
+                                 "metrics": metrics})
     return rows
 
 
-def print_table(rows, diffs, gflops, guess, e):
-    """The tables on screen: per split and variant, every arm at every temperature, and the differences.
+def grouped(rows, *keys):
+    """{values of the keys: {temperature: row}} in the order of the rows."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in keys), {})[row["temperature"]] = row
+    return groups
 
-    Args: guess: per variant the recognition % of one who does not look (env.guess), None where nothing is to be seen.
+
+def values_text(row, columns):
+    """The row's values of the columns, the last one of an arm with half its interval; "-" where there is none."""
+    found = [row["metrics"].get(name) for name in columns]
+    text = " / ".join(f"{m[0]:5.1f}" if m else f"{'-':>5}" for m in found)
+    if not found[-1] or row["temperature"] is None:
+        return text + " " * 9
+    return text + f" ±{(found[-1][2] - found[-1][1]) / 2:4.1f}   "
+
+
+def print_table(rows, reports, gflops, e):
+    """The table on screen, a block per split and report: for every variant the arms and below them the references.
+
+    Args: rows: as of `summarize`; reports: list of (name, title, columns), as of the environment.
     """
-    temperatures = "".join(f"{temperature_name(t):^24}" for t in e.temperatures)
-    width = max(map(len, e.variants)) + 2, max(map(len, gflops)) + 2
-
-    def block(split, columns):
-        print(f"{'':{sum(width)}}{temperatures}   model GFLOPs")
-        for variant in e.variants:
-            for place, arm in enumerate(gflops):
-                found = [next(r for r in rows if (r["split"], r["variant"], r["arm"], r["temperature"])
-                              == (split, variant, arm, t)) for t in e.temperatures]
-                print(f"{variant if not place else '':{width[0]}}{arm:{width[1]}}" + "".join(map(columns, found))
-                      + f"{gflops[arm]:13,.0f}")
-
-    def success(row):
-        (first, *_), (solved, low, high) = row["first"], row["solved"]
-        return f"{first:7.1f} / {solved:5.1f} ±{(high - low) / 2:4.1f}   "
-
-    def recognition(row):
-        mean, low, high = row["recognized"]
-        return f"{mean:15.1f} ±{(high - low) / 2:4.1f}   "
-
-    kinds = [("success", "solved", f"within {e.verify_iters} attempts")]
+    width = max(map(len, e.variants)) + 2, max(len(row["arm"]) for row in rows) + 2
     for split in e.splits:
-        n = next(r["n"] for r in rows if r["split"] == split)
-        print(f"\n{split}: success % on the first attempt / within {e.verify_iters}, ± half the 95 % interval, n = {n}")
-        block(split, success)
-        if None not in guess.values():
-            print(f"\n{split}: recognition %, all cards read right in the first answer; without looking, by the likeliest "
-                  "cards: " + ", ".join(f"{variant} {share:.1f}" for variant, share in guess.items()))
-            block(split, recognition)
-    if None not in guess.values():
-        kinds.append(("recognition", "recognized", "first answer"))
-    for title, name, where in kinds if diffs else ():
-        print(f"\npaired differences of {title} in points, {where} [95 % interval]")
-        print(f"{'':{8 + width[0] + 2 * width[1] + 1}}{temperatures}")
-        for row in (d for d in diffs if d["temperature"] == e.temperatures[0]):
-            same = [next(d[name] for d in diffs if all(d[k] == row[k] for k in ("split", "variant", "arm", "base"))
-                         and d["temperature"] == t) for t in e.temperatures]
-            print(f"{row['split']:8}{row['variant']:{width[0]}}{row['arm'] + ' - ' + row['base']:{2 * width[1] + 1}}"
-                  + "".join(f"{mean:+6.1f} [{low:+5.1f}, {high:+5.1f}]   " for mean, low, high in same))
+        lines = grouped([row for row in rows if row["split"] == split], "variant", "arm")
+        n = next(row["n"] for row in rows if row["split"] == split)
+        for _, title, columns in reports:
+            cell, last = max(24, 8 * len(columns) + 8), None
+            print(f"\n{split}: {title}, ± half the 95 % interval, n = {n}")
+            print(" " * sum(width) + "".join(f"{temperature_name(t):^{cell}}" for t in e.temperatures) + "   model GFLOPs")
+            for (variant, arm), found in lines.items():
+                texts = [f"{values_text(found[t], columns):>{cell}}" for t in (*e.temperatures, None) if t in found]
+                compute = "" if None in found else f"{gflops[arm]:13,.0f}"
+                print(f"{variant if variant != last else '':{width[0]}}{arm:{width[1]}}{''.join(texts)}{compute}".rstrip())
+                last = variant
+
+
+def print_differences(rows, reports, e):
+    """The paired differences on screen, a block per report, of its last column."""
+    width = max(map(len, e.variants)) + 2, 2 * max(len(row[k]) for row in rows for k in ("arm", "base")) + 5
+    for name, _, columns in reports:
+        print(f"\npaired differences of {name} in points [95 % interval]")
+        print(" " * (8 + sum(width)) + "".join(f"{temperature_name(t):^24}" for t in e.temperatures))
+        for (split, variant, arm, base), found in grouped(rows, "split", "variant", "arm", "base").items():
+            same = [found[t]["metrics"].get(columns[-1]) for t in e.temperatures]
+            print(f"{split:8}{variant:{width[0]}}{arm + ' - ' + base:{width[1]}}"
+                  + "".join(f"{m[0]:+6.1f} [{m[1]:+5.1f}, {m[2]:+5.1f}]   " if m else f"{'-':>6}{'':18}" for m in same))
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
-def draw(curves, seeing, e, path):
-    """Success against model GFLOPs, one panel per variant (ID on top), as in the paper's Figures 5 and 7.
+def draw(curves, reports, e, path):
+    """The leading report's last column against model GFLOPs, one panel per variant (ID on top), as in Figures 5 and 7.
 
-    With `seeing` a second column: success against recognition, the fuller a point the more compute (Figure 8).
+    With a report on recognition a second column: the same against recognition, the fuller a point the more compute
+    (Figure 8).
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     styles = {"Init": ("Init", "black", "*"), "sft": ("SFT", "#c4442a", "o-"), "rl": ("RL", "#2a6fb0", "o-")}
+    seeing = any(name == "recognition" for name, *_ in reports)
     columns = 1 + seeing
     figure, axes = plt.subplots(len(e.variants), columns, figsize=(5 * columns, 2.7 * len(e.variants)), sharex="col",
                                 squeeze=False)
@@ -242,7 +264,7 @@ def draw(curves, seeing, e, path):
             for other in others:
                 other.scatter(recognized, mean, color=color, marker=style[0], s=size ** 2 if arm == "Init" else 30,
                               alpha=[0.2 + 0.8 * compute / most for compute in x] if arm != "Init" else 1, zorder=order)
-        axis.set_ylabel(f"{variant}\nsuccess % ({temperature_name(e.temperatures[0])})")
+        axis.set_ylabel(f"{variant}\n{reports[0][0]} % ({temperature_name(e.temperatures[0])})")
         for each in (axis, *others):
             each.grid(alpha=0.3)
     axes[0][0].legend(loc="lower right", fontsize=8)
@@ -268,8 +290,8 @@ def print_transcripts(cells, arms, e):
 class Pool:
     """The runs of one or several seeds, evaluated together: an arm's episodes are those of every run, joined."""
 
-    def __init__(self, cfg):
-        self.cfg, self.runs = cfg, []
+    def __init__(self, cfg, reports, references):
+        self.cfg, self.lead, self.runs = cfg, reports[0][2][-1], []  # lead: the metric of the curves
         for folder in cfg.eval.runs or [cfg.run.dir]:
             arms = find_arms(folder, cfg.ppo.init)
             gflops = {p: load_state(p)["gflops"] for paths in arms.values() for p in paths}
@@ -284,29 +306,33 @@ class Pool:
         e = cfg.eval
         per_variant = (len(self.arms) * len(e.temperatures) * sum(e.splits.values())
                        + (1 + sum(map(len, self.curves.values()))) * e.curve_n)
-        self.bar = tqdm(total=len(self.runs) * len(e.variants) * per_variant, unit="hand", disable=None)
+        policies = sum(map(len, references.values()))
+        self.bar = tqdm(total=len(self.runs) * (len(e.variants) * per_variant + policies * sum(e.splits.values())),
+                        unit="episode", disable=None)
 
     def cell(self, arm, variant, split, temperature, n=None, which="table", place=0):
-        """{first, solved, recognized, cluster} of an arm's checkpoint: the table's, or the place-th of its curve."""
+        """{cluster, counts} of an arm's checkpoint: the table's, or the place-th of its curve; or of a reference policy."""
         self.bar.set_description(f"{arm}, {variant}, {split}, {temperature_name(temperature)}")
-        parts = [run["cells"].get(run[which][arm][place], variant, split, temperature, n or self.cfg.eval.splits[split],
-                                  self.bar)
-                 for run in self.runs]
-        return {k: [x for part in parts for x in part[k]] for k in ("first", "solved", "recognized", "cluster")}
+        parts = [run["cells"].get(arm if temperature is None else run[which][arm][place], variant, split, temperature,
+                                  n or self.cfg.eval.splits[split], self.bar) for run in self.runs]
+        metrics = dict.fromkeys(m for part in parts for m in part["counts"])
+        return {"cluster": [c for part in parts for c in part["cluster"]],
+                "counts": {m: [pair for part in parts for pair in part["counts"].get(m, [(0, 0)] * len(part["cluster"]))]
+                           for m in metrics}}
 
     def compute(self, arm, which="table", place=0):
         """Mean model GFLOPs of that checkpoint over the runs."""
         return sum(run["gflops"][run[which][arm][place]] for run in self.runs) / len(self.runs)
 
     def curve(self, variant):
-        """{arm: [(gflops, success mean, low, high, recognition)]} at the first temperature and split; rl starts at Init."""
+        """{arm: [(gflops, lead, low, high, recognition)]} at the first temperature and split; rl starts at Init."""
         e, curves = self.cfg.eval, {}
 
         def point(arm, place):
             cell = self.cell(arm, variant, next(iter(e.splits)), e.temperatures[0], e.curve_n, "arms", place)
-            values = interval(cell["solved"], cluster_weights(cell["cluster"]))
-            seen = sum(cell["recognized"]) / len(cell["recognized"])
-            return (self.compute(arm, "arms", place), *(100 * v for v in (*values, seen)))
+            values = interval(cell["counts"][self.lead], cluster_weights(cell["cluster"]))
+            right, of = map(sum, zip(*cell["counts"]["recognized"]))
+            return (self.compute(arm, "arms", place), *(100 * v for v in (*values, right / of)))
 
         if self.curves and "Init" in self.arms:
             curves["Init"] = [point("Init", 0)]
@@ -319,26 +345,28 @@ class Pool:
 def main(arguments):
     cfg, _, _ = load(arguments)
     e = cfg.eval
-    guess = {}  # recognition % without looking
-    for variant, changes in e.variants.items():
-        for split in reversed(e.splits):  # the first one leads; a bad variant is named before playing
-            env = make_env(cfg.env, e.verify_iters, **{"split": split, **changes})
-        guess[variant] = None if env.guess is None else 100 * env.guess
-    pool = Pool(cfg)
-    rows = summarize(pool.cell, pool.arms, e)
+    envs = {variant: make_env(cfg.env, e.verify_iters, **{"split": split, **changes})
+            for split in e.splits for variant, changes in e.variants.items()}  # a bad one is named before playing
+    references = {variant: env.references for variant, env in envs.items()}
+    reports = [r for r in next(iter(envs.values())).reports  # those that every variant has
+               if all(r[0] in (name for name, *_ in env.reports) for env in envs.values())]
+    pool = Pool(cfg, reports, references)
+    rows = summarize(pool.cell, pool.arms, references, e)
     pairs = [(a, "Init") for a in pool.arms if a != "Init" and "Init" in pool.arms]
     diffs = differences(pool.cell, pairs + [("rl", "sft")] * ("rl" in pool.arms and "sft" in pool.arms), e)
     gflops = {arm: pool.compute(arm) for arm in pool.arms}
     curves = {variant: pool.curve(variant) for variant in e.variants}
     pool.bar.close()
-    print_table(rows, diffs, gflops, guess, e)
+    print_table(rows, reports, gflops, e)
+    if diffs:
+        print_differences(diffs, reports, e)
     out = Path(cfg.run.dir)
     out.mkdir(parents=True, exist_ok=True)
     report = {"runs": [str(run["cells"].path.parent) for run in pool.runs], "gflops": gflops, "table": rows,
-              "differences": diffs, "curves": curves, "recognition_without_looking": guess}
+              "differences": diffs, "curves": curves}
     write_atomic(out / "evaluation.json", json.dumps(report, indent=1) + "\n")
     if pool.curves:
-        draw(curves, None not in guess.values(), e, out / "evaluation.png")
+        draw(curves, reports, e, out / "evaluation.png")
         print(f"\nwritten: {out}/evaluation.json, {out}/evaluation.png")
     if e.transcripts:
         first = pool.runs[0]

@@ -284,8 +284,8 @@ class GeneralPoints:
         recognition: GP-VL, `cards` misread: "gate", -1.5 in place of the grading (official code), or "additive",
             the grading - 1.5 (the paper's wording).
         verify_iters: answers allowed per hand (paper: 5).
-    Attributes: guess, GP-VL: share of hands whose cards one recognises without looking, by always naming the most
-        likely ones; None for GP-L.
+    Attributes: reports: what an evaluation shows, (name, title, columns: metrics of rollout.counts); references: names
+        of the policies that `reference` answers for: in GP-VL the likeliest cards, named without looking.
     Raises: ValueError naming the argument and what it accepts; also when no hand is left to deal.
     """
 
@@ -323,11 +323,16 @@ class GeneralPoints:
                                             require_face)
         _check(self._hands, f"no solvable hand makes {target} with split {split}, rule {rule}")
         self._prompt = PROMPT.format(target=target, cards="{cards}", **rule)
-        likeliest = max(b - a for a, b in zip([0, *self._weights], self._weights))
-        self.guess = None if image_size is None else likeliest / self._weights[-1]
+        self.reports = [("success", f"success % on the first attempt / within {verify_iters} attempts", ("first", "solved"))]
+        self.references = ()
+        if image_size is not None:
+            self.reports.append(("recognition", "recognition %, all cards read right in the first answer", ("recognized",)))
+            self.references = ("likeliest cards",)
 
-    def reset(self, seed):
+    def reset(self, seed, progress=0.0):
         """Deal the hand that `seed` determines: the same ranks with and without picture, in all suits.
+
+        Args: progress: in [0, 1), where in the episode to start; a hand has one position only.
 
         Returns: (obs, info); obs = {"messages": chat turns, "image": PIL image or None}. With an image, the first
         message's content is the list [image, text] that chat templates know.
@@ -360,8 +365,9 @@ class GeneralPoints:
         """Grade one whole answer.
 
         Returns: (obs, reward in the paper's points, terminated = solved, truncated = attempts exhausted, info) with
-        info = {category, recognized: `cards` match the table as a multiset, attempt: 1.., feedback, cluster}. Category:
-        a key of REWARDS or, gated, "misread". The verifier's text never says which cards there are.
+        info = {category, correct: this answer was right, recognized: `cards` match the table as a multiset, action: None
+        (the expert's action has one type), attempt: 1.., feedback, cluster}. Category: a key of REWARDS or, gated,
+        "misread". The verifier's text never says which cards there are.
         Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
         """
         if self.done:
@@ -385,13 +391,22 @@ class GeneralPoints:
         self.messages.append({"role": "assistant", "content": answer})
         if feedback:
             self.messages.append({"role": "user", "content": feedback})
-        info = {"category": category, "recognized": recognized,
+        info = {"category": category, "correct": terminated, "recognized": recognized, "action": None,
                 "attempt": self.attempt, "feedback": feedback, "cluster": str(self.values)}
         return self._obs(), reward + truncated * EXHAUSTED, terminated, truncated, info
 
-    def answer(self, formula):
-        """The JSON answer for this table with the given formula."""
-        return json.dumps({"cards": self.cards, "number": [self.number[c] for c in self.cards], "formula": formula})
+    def answer(self, formula, hand=None):
+        """The JSON answer for this table, or another hand of cards, with the given formula."""
+        hand = hand or self.cards
+        return json.dumps({"cards": hand, "number": [self.number[c] for c in hand], "formula": formula})
+
+    def reference(self, name):
+        """The answer of a reference policy: the first of the hands dealt most often, and a formula that solves it."""
+        _check(name in self.references, f"reference: {name!r} is none of {', '.join(self.references) or 'none'}")
+        odds = [b - a for a, b in zip([0, *self._weights], self._weights)]
+        hand = self._hands[odds.index(max(odds))]
+        known = solutions(tuple(sorted(self.number[c] for c in hand)), self.target)
+        return self.answer(f"{known[0]}={self.target}", hand)
 
     def expert(self):
         """An answer that earns the full reward here: the canonical formula, or any of the known ones."""

@@ -9,10 +9,10 @@ hands.
 Beyond the paper's budget of attempts no ungraded answer is sampled, and nothing leaks across an episode's end.
 
 Logged per update (metrics.jsonl): reward (mean per answer, paper's points), success (share of finished episodes solved),
-first_attempt (share of first attempts solved), recognition (share of first answers that name the cards on the table),
-answers (category shares), kl_old, kl_start (nats per answer), clip_fraction, entropy (nats per token),
-explained_variance, value_loss, ratio_gap (mean |ratio - 1| before the first step), grad_norm, tokens, gflops (paper's
-formulas, Init included), seconds, peak_memory_gib.
+first_attempt (share of first attempts that are right), per_step (share of answers that are right), recognition (share of
+first attempts that report the right observation), answers (category shares), kl_old, kl_start (nats per answer),
+clip_fraction, entropy (nats per token), explained_variance, value_loss, ratio_gap (mean |ratio - 1| before the first
+step), grad_norm, tokens, gflops (paper's formulas, Init included), seconds, peak_memory_gib.
 """
 import math
 import time
@@ -206,11 +206,12 @@ def update(policy, optimizer, turns, advantages, returns, ppo, key, start, gener
 
 
 def outcome(turns):
-    """What the verifier saw in a rollout: the logged reward, success, first_attempt, recognition and answer shares."""
+    """What the verifier saw in a rollout: the logged reward, success, shares of right answers and categories."""
     ended, firsts = [t for t in turns if t.done], [t for t in turns if t.info["attempt"] == 1]
     mean = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
     return {"reward": mean([t.reward for t in turns]), "success": mean([t.solved for t in ended]),
-            "first_attempt": mean([t.solved for t in firsts]), "recognition": mean([t.info["recognized"] for t in firsts]),
+            "first_attempt": mean([t.info["correct"] for t in firsts]), "per_step": mean([t.info["correct"] for t in turns]),
+            "recognition": mean([t.info["recognized"] for t in firsts]),
             "answers": {c: round(k / len(turns), 4) for c, k in Counter(t.info["category"] for t in turns).most_common()}}
 
 

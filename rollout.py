@@ -1,15 +1,17 @@
-"""Where the policy meets the environments: make_env, play (batched episodes), evaluate."""
+"""Where the policy meets the environments: make_env, play (batched episodes), evaluate; reference policies."""
 import inspect
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 import gp
+import virl
 from config import UserError, nearest
 from vlm import Sequence
 
-ENVIRONMENTS = {"gp": gp.GeneralPoints}
+ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}
 EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
 
 
@@ -44,7 +46,7 @@ class Turn:
     reward: float  # in the paper's points
     done: bool  # solved or out of attempts
     solved: bool
-    info: dict  # the environment's: category, recognized, attempt, feedback, cluster
+    info: dict  # the environment's: category, correct, recognized, action, attempt, feedback, cluster
     seed: int  # of the episode
 
 
@@ -102,16 +104,40 @@ class Play:
             self.episodes[slot] = [seed, obs, list(answers)]
 
 
-def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None, **changes):
-    """Play n episodes to their end; hands depend on (settings, changes, seed) alone, so arms are paired.
+def counts(infos, solved):
+    """What one episode adds to each metric, as (right, of); a metric is the ratio of the sums over episodes.
 
-    Returns: list of n records {seed, cluster, first, solved, recognized, turns: list of Turns}, in the order of the
-    seeds. first, solved: bool, on the first attempt and within verify_iters attempts; recognized: in the first answer.
+    Args: infos: the environment's info of every answer, in order; solved: whether the episode was.
+    Returns: {"solved": (0 or 1, 1), "per_step": (right answers, answers), "first": (right first attempts, first
+    attempts: one per position), "recognized": (first attempts that report the right observation, first attempts)} and
+    for each action type of the expert that occurs "first_<action>", as "first" at its positions.
+    Source: paper C.3 (success; per-step accuracy).
+    """
+    right, of = Counter(solved=int(solved)), Counter(solved=1)
+    for info in infos:
+        names = {"per_step": info["correct"]}
+        if info["attempt"] == 1:
+            names.update(first=info["correct"], recognized=info["recognized"])
+            if info["action"] is not None:
+                names[f"first_{info['action']}"] = info["correct"]
+        right.update(names)
+        of.update(list(names))
+    return {name: (right[name], of[name]) for name in of}
+
+
+def evaluation_seeds(seed, n):
+    """The seeds of the n episodes that every arm and every reference policy plays."""
+    return range(EVAL_SEEDS + seed * 1_000_000, EVAL_SEEDS + seed * 1_000_000 + n)
+
+
+def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None, **changes):
+    """Play n episodes to their end; they depend on (settings, changes, seed) alone, so arms are paired.
+
+    Returns: list of n records {seed, cluster, counts: see there, turns: list of Turns}, in the order of the seeds.
     Source: paper Sec. 4, C.3.
     """
-    first_seed = EVAL_SEEDS + seed * 1_000_000
     envs = [make_env(settings, verify_iters, **changes) for _ in range(min(batch_size, n))]
-    play = Play(envs, iter(range(first_seed, first_seed + n)))
+    play = Play(envs, iter(evaluation_seeds(seed, n)))
     generator = torch.Generator(policy.device).manual_seed(seed)
     episodes = {}
     with policy.fixed():
@@ -120,9 +146,24 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
                 episodes.setdefault(turn.seed, []).append(turn)
                 if turn.done and progress is not None:
                     progress.update()
-    return [{"seed": s, "cluster": turns[0].info["cluster"], "first": turns[0].solved, "solved": turns[-1].solved,
-             "recognized": turns[0].info["recognized"], "turns": turns}
-            for s, turns in sorted(episodes.items())]
+    return [{"seed": s, "cluster": turns[0].info["cluster"], "turns": turns,
+             "counts": counts([t.info for t in turns], turns[-1].solved)} for s, turns in sorted(episodes.items())]
+
+
+def play_reference(settings, name, n, seed, verify_iters, **changes):
+    """The same n episodes, answered by the environment's reference policy `name` (one of env.references).
+
+    Returns: records as of `evaluate`, without turns.
+    """
+    env, records = make_env(settings, verify_iters, **changes), []
+    for episode in evaluation_seeds(seed, n):
+        env.reset(episode)
+        infos, solved, truncated = [], False, False
+        while not (solved or truncated):
+            _, _, solved, truncated, info = env.step(env.reference(name))
+            infos.append(info)
+        records.append({"seed": episode, "cluster": infos[0]["cluster"], "counts": counts(infos, solved)})
+    return records
 
 
 def training_seeds(run_seed):

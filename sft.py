@@ -22,8 +22,8 @@ from vlm import Policy, learning_rate, load_state, micro_batches, peak_memory, s
 
 
 def example(env, seed, mistakes):
-    """(observation, expert answer) of one episode, after 0..mistakes wrong attempts."""
-    obs, _ = env.reset(seed)
+    """(observation, expert answer) at a random position of one episode, after 0..mistakes wrong attempts there."""
+    obs, _ = env.reset(seed, progress=random.Random(f"progress {seed}").random())
     for _ in range(random.Random(seed).randint(0, mistakes)):
         obs, *_ = env.step(env.mistake())
     return obs, env.expert()

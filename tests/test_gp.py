@@ -279,6 +279,7 @@ def test_reward_and_message_of_one_answer(formula, reward, message):
     env = deal("3", "3", "8", "8", verify_iters=2)
     _, got, terminated, truncated, info = env.step(env.answer(formula))
     assert (got, terminated, truncated, info["attempt"]) == (reward, reward == 5, False, 1)
+    assert info["correct"] is terminated and info["action"] is None
     assert message in info["feedback"] and bool(info["feedback"]) == (reward != 5)
     assert info["category"] == {5: "correct", -1: "wrong_value", -2: "wrong_numbers", -3: "illegal"}[reward]
     if reward != 5:  # the same answer as the last one costs exactly one point more
@@ -803,7 +804,7 @@ def test_right_cards_on_the_second_look_are_paid_in_full():
 def test_recognition_setting_is_nothing_to_text():
     def play(recognition):
         env = deal("3", "3", "8", "8", recognition=recognition)
-        assert env.guess is None
+        assert env.references == () and [name for name, *_ in env.reports] == ["success"]
         return [env.step(json.dumps({"cards": cards, "formula": f})) for cards, f in
                 ((MISREAD, WRONG), (None, "3*8"), (MISREAD, None), (MISREAD, RIGHT))]
 
@@ -927,8 +928,8 @@ def test_jitter_moves_the_cards_and_not_the_answer(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"split": "all"}, {"split": "unseen"}, {"rule": "face", "require_face": True},
                                      {"rule": "face", "split": "unseen", "require_face": True, "replacement": True},
                                      {"split": "all", "replacement": True}, {"suits": "red", "jitter": True}], ids=str)
-def test_guess_is_the_likeliest_hand_of_the_deck(options, solvable_values):
-    """Every hand of the 52 cards (or of four draws with replacement), counted one by one."""
+def test_reference_names_the_likeliest_hand_of_the_deck(options, solvable_values):
+    """Whatever lies on the table, and with a formula for it. Every hand of the 52 cards (or of four draws with replacement), counted one by one."""
     deck = [rank for rank in range(13) for _ in range(4)]
     hands = Counter(tuple(sorted(h)) for h in product(range(13), repeat=4)) if options.get("replacement") \
         else Counter(combinations(deck, 4))
@@ -941,9 +942,37 @@ def test_guess_is_the_likeliest_hand_of_the_deck(options, solvable_values):
         return values in solvable_values and (split == "all" or apart == (split == "unseen")) \
             and (not options.get("require_face") or hand[-1] >= 10)
 
-    weights = [n for hand, n in hands.items() if dealt(hand)]
-    assert pictured(**options).guess == pytest.approx(max(weights) / sum(weights), rel=1e-12)
-    assert GeneralPoints(**options).guess is None
+    env = pictured(**options)
+    assert env.references == ("likeliest cards",) and [name for name, *_ in env.reports] == ["success", "recognition"]
+    answers = {env.reference("likeliest cards") for seed in range(5) if env.reset(seed)}
+    (answer,) = map(json.loads, answers)
+    # a rank hand is as likely as the card hands that show it, each as likely as it was counted above
+    odds = Counter()
+    for hand, n in hands.items():
+        odds[tuple(sorted(hand))] += n * dealt(tuple(sorted(hand)))
+    hand = tuple(sorted(gp.RANKS.index(c) for c in answer["cards"]))
+    assert odds[hand] == max(odds.values())
+    numbers = [r + 1 if options.get("rule") == "face" else min(r + 1, 10) for r in map(gp.RANKS.index, answer["cards"])]
+    value, used = evaluate(answer["formula"].split("=")[0])
+    assert answer["number"] == numbers and (value, sorted(used)) == (24, sorted(numbers))
+    with pytest.raises(ValueError, match="none of likeliest cards"):
+        env.reference("blind")
+
+
+def test_reference_is_right_where_its_cards_lie():
+    """It neither moves the table's random stream nor fails on its own hand."""
+    env, hit = pictured(), 0
+    for seed in range(600):
+        env.reset(seed)
+        _, _, solved, _, info = env.step(env.reference("likeliest cards"))
+        hit += solved
+        assert solved == info["recognized"] == (sorted(env.cards) == sorted(json.loads(env.reference("likeliest cards"))["cards"]))
+    env.reset(1)
+    env.reference("likeliest cards")
+    mistake = env.mistake()
+    env.reset(1)
+    assert env.mistake() == mistake
+    assert hit < 6
 
 
 # ---------------------------------------------------------------- bad arguments, imports

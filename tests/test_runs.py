@@ -271,10 +271,10 @@ def test_evaluation_shows_every_arm(evaluated):
     report = json.loads((folder / "evaluation.json").read_text())
     assert len(report["table"]) == 2 * 2 * 3 and all(r["n"] == 8 for r in report["table"])
     for row in report["table"]:
-        for name in ("first", "solved"):
-            mean, low, high = row[name]
+        assert set(row["metrics"]) == {"solved", "per_step", "first", "recognized"}
+        for mean, low, high in row["metrics"].values():
             assert 0 <= low <= mean + 1e-3 and mean - 1e-3 <= high <= 100.001
-        assert row["first"][0] <= row["solved"][0]
+        assert row["metrics"]["first"][0] <= row["metrics"]["solved"][0]
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -319,7 +319,9 @@ def test_pooled_runs_join_their_hands(evaluated, tmp_path, no_model, capsys):
     run("eval", tmp_path / "pool", f"eval.runs=[{folder}, {tmp_path / 'b'}]")
     one, two = (json.loads((f / "evaluation.json").read_text())["table"] for f in (folder, tmp_path / "pool"))
     for a, b in zip(one, two):
-        assert (2 * a["n"], a["arm"]) == (b["n"], b["arm"]) and a["solved"] == pytest.approx(b["solved"], abs=1e-3)
+        assert (2 * a["n"], a["arm"]) == (b["n"], b["arm"])
+        for name, values in a["metrics"].items():
+            assert values == pytest.approx(b["metrics"][name], abs=1e-3)
 
 
 @pytest.mark.parametrize("overrides, named", [
@@ -382,26 +384,22 @@ def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
     folder, printed = seeing
     report = json.loads((folder / "evaluation.json").read_text())
     variants = ("ID", "rule OOD", "visual OOD")
-    assert len(report["table"]) == 2 * 3 * 3  # splits x variants x arms, one temperature
-    assert {(r["split"], r["variant"], r["arm"]) for r in report["table"]} == {
-        (s, v, a) for s in ("all", "unseen") for v in variants for a in ("Init", "sft", "rl")}
+    arms = {"Init": 0.2, "sft": 0.2, "rl": 0.2, "likeliest cards": None}
+    assert len(report["table"]) == 2 * 3 * 4  # splits x variants x arms and the reference, one temperature
+    assert {(r["split"], r["variant"], r["arm"], r["temperature"]) for r in report["table"]} == {
+        (s, v, a, t) for s in ("all", "unseen") for v in variants for a, t in arms.items()}
     assert len(report["differences"]) == 2 * 3 * 3  # two against Init and one against SFT
     for row in report["table"] + report["differences"]:
         lowest = -100 if "base" in row else 0
-        for name in ("first", "solved", "recognized"):
-            mean, low, high = row[name]
+        for mean, low, high in row["metrics"].values():
             assert lowest - 1e-3 <= low <= mean + 1e-3 and mean - 1e-3 <= high <= 100.001
     for row in report["table"]:
-        assert row["first"][0] <= row["recognized"][0] + 1e-3  # gate: nothing is solved unread
-    guess = report["recognition_without_looking"]
-    assert list(guess) == list(variants) and guess["ID"] == guess["visual OOD"] != guess["rule OOD"]
-    for variant, changes in (("ID", {}), ("rule OOD", {"rule": "face", "require_face": True})):
-        env = make_env({"name": "gp", "image_size": [112, 112], "split": "all", **changes}, 2)
-        assert guess[variant] == pytest.approx(100 * env.guess)
-        assert f"{variant} {100 * env.guess:.1f}" in printed
+        assert row["metrics"]["first"][0] <= row["metrics"]["recognized"][0] + 1e-3  # gate: nothing is solved unread
     for split in ("all", "unseen"):
         assert f"{split}: recognition %" in printed and f"{split}: success %" in printed
-    assert "without looking" in printed and "paired differences of recognition" in printed
+    lines_of = [line for line in printed.splitlines() if "likeliest cards" in line]
+    assert len(lines_of) == 2 * 2 * 3 and not any("±" in line for line in lines_of)  # splits x reports x variants
+    assert "paired differences of success" in printed and "paired differences of recognition" in printed
     assert "visual OOD" in printed and "rl - sft" in printed
     assert all(len(point) == 5 for arms in report["curves"].values() for points in arms.values() for point in points)
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
@@ -413,7 +411,20 @@ def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
 def test_text_evaluation_does_not_speak_of_recognition(evaluated):
     folder, printed = evaluated
     report = json.loads((folder / "evaluation.json").read_text())
-    assert "recognition" not in printed and set(report["recognition_without_looking"].values()) == {None}
+    assert "recognition" not in printed and {r["temperature"] for r in report["table"]} == {0.2, 0}
+
+
+def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys):
+    folder, printed = evaluated
+    shutil.copytree(folder, tmp_path / "run")
+    cells = lines(folder / "evaluations.jsonl")
+    old = [{"key": c["key"], "cluster": c["cluster"], **{m: [r for r, _ in c["counts"][m]] for m in ("first", "solved")}}
+           for c in cells[:2]]
+    (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in old + cells[2:]))
+    run("eval", tmp_path / "run")
+    assert capsys.readouterr().out.replace(str(tmp_path / "run"), str(folder)) == printed
+    again = lines(tmp_path / "run" / "evaluations.jsonl")
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, cells))
 
 
 def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(seeing, tmp_path, monkeypatch):

@@ -1,0 +1,318 @@
+"""Episodes of many positions, from SFT examples to the printed table, on a toy that no script knows by name."""
+import contextlib
+import json
+import random
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import CONFIG
+
+import eval as evaluation
+import rollout
+import sft
+from rollout import Play, counts, evaluate, make_env, play_reference
+
+
+class Corridor:
+    """Go forward or turn at each position and stop at the last; a right answer moves on and empties the conversation."""
+
+    answer_key, references = "", ("always forward", "expert")
+
+    def __init__(self, longest=4, split="all", verify_iters=2):
+        if split != "all":
+            raise ValueError(f"split: {split!r} is not all")
+        self.longest, self.verify_iters = longest, verify_iters
+        self.reports = [("per-step accuracy", "accuracy %, first attempts / all answers", ("first", "per_step")),
+                        ("turns", "first-attempt accuracy %, forward / stop / turn", ("first_forward", "first_stop", "first_turn")),
+                        ("success", f"success % within {verify_iters}", ("solved",))]
+
+    def reset(self, seed, progress=0.0):
+        rng = random.Random(f"corridor {seed}")
+        self.rail = [rng.choice(("forward", "turn")) for _ in range(rng.randint(1, self.longest))] + ["stop"]
+        self.arrive(int(progress * len(self.rail)))
+        return self.obs(), {"cluster": str(len(self.rail))}
+
+    def arrive(self, at):
+        self.at, self.attempt = at, 0
+        self.messages = [{"role": "user", "content": f"{at} {self.rail[at] if at < len(self.rail) else 'end'}"}]
+
+    def obs(self):
+        return {"messages": list(self.messages), "image": None}
+
+    def step(self, answer):
+        action, self.attempt = self.rail[self.at], self.attempt + 1
+        correct = answer == action
+        terminated = correct and action == "stop"
+        truncated = not correct and self.attempt == self.verify_iters
+        info = {"category": "correct" if correct else "wrong", "correct": correct, "recognized": True, "action": action,
+                "attempt": self.attempt, "feedback": "" if correct else "No.", "cluster": str(len(self.rail))}
+        if correct:
+            self.arrive(self.at + 1)
+        else:
+            self.messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "No."}]
+        return self.obs(), 1.0 if correct else -1.0, terminated, truncated, info
+
+    def expert(self):
+        return self.rail[self.at]
+
+    def mistake(self):
+        return "jump"
+
+    def reference(self, name):
+        return "forward" if name == "always forward" else self.expert()
+
+
+class Walker:
+    """A policy of known skill, told by its checkpoint. Init: always forward. sft: right, but never stops. rl: right, but
+    turns on the second attempt only."""
+
+    device = "cpu"
+
+    def __init__(self, *_):
+        self.skill = "rl"
+
+    def load(self, checkpoint, value_head):
+        self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
+
+    def fixed(self):
+        return contextlib.nullcontext()
+
+    def encode(self, observations):
+        return observations
+
+    def sample(self, prompts, temperature, generator):
+        return [SimpleNamespace(ids=self.say(p["messages"]), logprobs=None, value=0.0) for p in prompts]
+
+    def say(self, messages):
+        action = messages[0]["content"].split()[1]
+        slow = action == "turn" and len(messages) == 1
+        return {"Init": "forward", "sft": action.replace("stop", "forward"), "rl": "forward" if slow else action}[self.skill]
+
+    def decode(self, ids):
+        return ids
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(rollout.ENVIRONMENTS, "toy", Corridor)
+    return {"name": "toy"}
+
+
+# ---------------------------------------------------------------- what an episode counts for
+def answers(*given):
+    return [{"attempt": attempt, "correct": correct, "recognized": recognized, "action": action}
+            for action, attempt, correct, recognized in given]
+
+
+def test_counts_of_an_episode_of_several_positions():
+    """Forward at once, turn on the second attempt, forward at once, then two wrong answers where one should stop."""
+    infos = answers(("forward", 1, True, True), ("turn", 1, False, True), ("turn", 2, True, False),
+                    ("forward", 1, True, False), ("stop", 1, False, False), ("stop", 2, False, True))
+    assert counts(infos, False) == {"solved": (0, 1), "per_step": (3, 6), "first": (2, 4), "recognized": (2, 4),
+                                    "first_forward": (2, 2), "first_turn": (0, 1), "first_stop": (0, 1)}
+
+
+def test_counts_of_a_hand():
+    """One position, one type of action: right on the third attempt, read right from the second."""
+    infos = answers((None, 1, False, False), (None, 2, False, True), (None, 3, True, True))
+    assert counts(infos, True) == {"solved": (1, 1), "per_step": (1, 3), "first": (0, 1), "recognized": (0, 1)}
+    assert counts(infos[2:], True)["per_step"] == (1, 1)
+
+
+# ---------------------------------------------------------------- SFT examples
+def test_example_stands_anywhere_on_the_way(toy):
+    """At every position, after every number of mistakes; the same seed, the same example."""
+    env, met = make_env({**toy, "longest": 3}, 3), set()
+    for seed in range(300):
+        obs, answer = sft.example(env, seed, 2)
+        at, action = obs["messages"][0]["content"].split()
+        assert answer == action == env.rail[int(at)] and env.step(answer)[1] == 1
+        assert [m["content"] for m in obs["messages"][1:]] == ["jump", "No."] * (len(obs["messages"]) // 2)
+        assert sft.example(env, seed, 2) == (obs, answer)
+        met.add((len(env.rail), int(at), len(obs["messages"]) // 2))
+    assert met == {(n, at, mistakes) for n in (2, 3, 4) for at in range(n) for mistakes in range(3)}
+
+
+@pytest.mark.parametrize("mistakes", [0, 1, 3])
+def test_example_of_a_hand_is_the_deal_and_its_mistakes(mistakes):
+    """GP has one position: nothing is drawn or played before the mistakes."""
+    settings = {"name": "gp", "expert": "varied"}
+    env, other = make_env(settings, mistakes + 1), make_env(settings, mistakes + 1)
+    for seed in range(60):
+        obs, _ = other.reset(seed)
+        for _ in range(random.Random(seed).randint(0, mistakes)):
+            obs, *_ = other.step(other.mistake())
+        assert sft.example(env, seed, mistakes) == (obs, other.expert())
+
+
+# ---------------------------------------------------------------- episodes
+def expected(skill, rail):
+    """Counts of one episode, from the description of the skill."""
+    forward, turn, n = rail.count("forward"), rail.count("turn"), len(rail)
+    if skill == "rl":
+        found = {"solved": (1, 1), "per_step": (n, n + turn), "first": (n - turn, n), "first_forward": (forward, forward),
+                 "first_turn": (0, turn), "first_stop": (1, 1)}
+    elif skill == "sft":
+        found = {"solved": (0, 1), "per_step": (n - 1, n + 1), "first": (n - 1, n), "first_forward": (forward, forward),
+                 "first_turn": (turn, turn), "first_stop": (0, 1)}
+    else:
+        k = next(i for i, action in enumerate(rail) if action != "forward")
+        found = {"solved": (0, 1), "per_step": (k, k + 2), "first": (k, k + 1), "first_forward": (k, k),
+                 f"first_{rail[k]}": (0, 1)}
+    found["recognized"] = (found["first"][1],) * 2
+    return {name: pair for name, pair in found.items() if pair[1]}
+
+
+def rails(toy, n, seed, **changes):
+    env = make_env(toy, 2, **changes)
+    return [env.reset(s) and env.rail for s in range(rollout.EVAL_SEEDS + seed * 10**6, rollout.EVAL_SEEDS + seed * 10**6 + n)]
+
+
+def test_evaluation_counts_every_position(toy):
+    policy, n = Walker(), 40
+    for skill in ("Init", "sft", "rl"):
+        policy.skill = skill
+        records = evaluate(policy, toy, n, 7, 2, 0, 6)
+        assert [r["counts"] for r in records] == [expected(skill, rail) for rail in rails(toy, n, 7)]
+        assert [r["cluster"] for r in records] == [str(len(rail)) for rail in rails(toy, n, 7)]
+    assert all(turn.info["attempt"] <= 2 for r in records for turn in r["turns"])
+
+
+def test_reference_policies_play_the_same_episodes(toy):
+    policy = Walker()
+    policy.skill = "Init"
+    still, known = (play_reference(toy, name, 30, 7, 2, longest=6) for name in ("always forward", "expert"))
+    keys = ("seed", "cluster", "counts")
+    assert still == [{k: r[k] for k in keys} for r in evaluate(policy, toy, 30, 7, 2, 0, 8, longest=6)]
+    assert [r["seed"] for r in known] == [r["seed"] for r in still]
+    assert all(r["counts"][m][0] == r["counts"][m][1] for r in known for m in r["counts"])
+
+
+def test_tables_resume_between_positions(toy):
+    policy = Walker()
+
+    def turn(tables):
+        return [(t.slot, t.seed, t.prompt, t.text, t.info) for t in tables.turn(policy, 0, None)]
+
+    one = Play([make_env({**toy, "longest": 8}, 2) for _ in range(5)], iter(range(1000)))
+    for _ in range(4):
+        turn(one)
+    state = json.loads(json.dumps(one.state()))
+    two = Play([make_env({**toy, "longest": 8}, 2) for _ in range(5)], iter(range(1000, 2000)))
+    two.restore(state)
+    assert any(len(given) > 2 for _, given in state["tables"])
+    for _ in range(30):
+        assert turn(one) == turn(two)
+
+
+# ---------------------------------------------------------------- the table
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """eval.main over three arms of Walkers; returns a function of the overrides, and the run directory."""
+    folder, settings = tmp_path / "run", yaml.safe_load(CONFIG.read_text())
+    settings.update(env={"name": "toy"}, run={"dir": str(folder), "seed": 0})
+    settings["ppo"]["init"] = "sft/step_1"
+    settings["eval"].update(verify_iters=2, temperatures=[0.2, 0], splits={"all": 40}, batch_size=16, curve_n=10, seed=7,
+                            variants={"ID": {}, "long": {"longest": 9}})
+    for name in ("sft/step_1", "sft/step_3", "rl/step_4"):
+        (folder / name).mkdir(parents=True)
+        (folder / name).with_name("config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(evaluation, "Policy", Walker)
+    monkeypatch.setattr(evaluation, "load_state", lambda path: {"gflops": 100 * int(path.name[-1])})
+    return lambda *overrides: evaluation.main([str(tmp_path / "toy.yaml"), *overrides]), folder
+
+
+def ratio(found, name):
+    right, of = (sum(c.get(name, (0, 0))[i] for c in found) for i in (0, 1))
+    return 100 * Fraction(right, of)
+
+
+def test_table_of_an_environment_with_many_positions(main, toy, capsys):
+    run, folder = main
+    run()
+    printed, report = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
+    played = {(v, s): [expected(s, rail) for rail in rails(toy, 40, 7, **changes)]
+              for v, changes in (("ID", {}), ("long", {"longest": 9})) for s in ("Init", "sft", "rl")}
+    for row in report["table"]:
+        assert row["n"] == 40 and (row["temperature"] is None) == (row["arm"] in Corridor.references)
+        for m, (value, low, high) in row["metrics"].items():
+            found = 100 if row["arm"] == "expert" else ratio(played[row["variant"], row["arm"].replace("always forward", "Init")], m)
+            assert value == pytest.approx(float(found), abs=1e-4)
+            assert low <= value + 1e-4 and value - 1e-4 <= high, (row["arm"], m)
+    for row in report["differences"]:
+        for m, (value, low, high) in row["metrics"].items():
+            assert value == pytest.approx(float(ratio(played[row["variant"], row["arm"]], m)
+                                                - ratio(played[row["variant"], row["base"]], m)), abs=1e-4)
+            assert low - 1e-4 <= value <= high + 1e-4
+    for heading in ("all: accuracy %, first attempts / all answers, ± half the 95 % interval, n = 40",
+                    "all: first-attempt accuracy %, forward / stop / turn, ± half", "all: success % within 2, ± half",
+                    "paired differences of per-step accuracy in points", "paired differences of turns", "of success in"):
+        assert heading in printed
+    block = printed[printed.index("forward / stop / turn"):].splitlines()[1:12]
+    assert [line[6:22].strip() for line in block[1:]] == 2 * ["Init", "sft", "rl", "always forward", "expert"]
+    values = [float(ratio(played["ID", "rl"], f"first_{action}")) for action in ("forward", "stop", "turn")]
+    assert " / ".join(f"{v:5.1f}" for v in values) + " ± 0.0" in block[3] and block[3].endswith(" 400")
+    assert "±" not in block[4] + block[5] and block[5].endswith("100.0 / 100.0 / 100.0")
+    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_evaluation_plays_neither_arms_nor_references_again(main, monkeypatch, capsys):
+    run, _ = main
+    run()
+    printed = capsys.readouterr().out
+    for name in ("evaluate", "play_reference"):
+        monkeypatch.setattr(evaluation, name, None)
+    run()
+    assert capsys.readouterr().out == printed
+
+
+def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
+    """One seed's Init never comes to a turn, the other's does: 0 of 0 there adds nothing."""
+    run, folder = main
+    run("eval.temperatures=[0]", "eval.curve_n=0")
+    single = json.loads((folder / "evaluation.json").read_text())["table"]
+    cells = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    other = tmp_path / "other"
+    (folder / "evaluation.json").unlink()
+    folder.rename(other)
+    for name in ("sft/step_1", "sft/step_3", "rl/step_4"):
+        (folder / name).mkdir(parents=True)
+    for cell in cells:
+        if cell["key"][1] is not None:  # keys hold the time of the checkpoint
+            cell["key"][1] = int((folder / cell["key"][0]).stat().st_mtime)
+        cell["counts"].pop("first_turn", None)
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    run("eval.temperatures=[0]", "eval.curve_n=0", f"eval.runs=[{folder}, {other}]")
+    for a, b in zip(single, json.loads((folder / "evaluation.json").read_text())["table"]):
+        assert b["n"] == 2 * a["n"]
+        for name, values in a["metrics"].items():
+            assert b["metrics"][name][0] == pytest.approx(values[0], abs=1e-3)
+
+
+def test_what_never_occurs_is_a_dash(main, toy, capsys):
+    """On a rail without a turn nobody turns: no value, no interval, no difference."""
+    run, folder = main
+    assert rails(toy, 1, 7, longest=1) == [["forward", "stop"]]
+    run("eval.variants={ID: {longest: 1}}", "eval.splits={all: 1}", "eval.temperatures=[0]", "eval.curve_n=0")
+    printed, saved = capsys.readouterr().out, (folder / "evaluation.json").read_text()
+    start, end = (printed.index(words) for words in ("forward / stop / turn", "all: success"))
+    shown = {line[4:20].strip(): line[20:52].split() for line in printed[start:end].splitlines()[2:7]}
+    never, always = "100.0 / 0.0 / -".split(), "100.0 / 100.0 / -".split()
+    assert shown == {"Init": never, "sft": never, "rl": always, "always forward": never, "expert": always}
+    turns = printed[printed.index("differences of turns"):printed.index("differences of success")].splitlines()[2:5]
+    assert [line.split()[-1] for line in turns] == ["-"] * 3
+    assert "nan" not in printed.lower() and "NaN" not in saved and "first_turn" not in saved
+
+
+def test_figure_speaks_of_the_leading_report(main, monkeypatch):
+    import matplotlib.pyplot as plt
+    run, _ = main
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    run()
+    figure = plt.gcf()
+    monkeypatch.undo()
+    assert [axis.get_ylabel() for axis in figure.axes] == [f"{v}\nper-step accuracy % (T = 0.2)" for v in ("ID", "long")]
+    plt.close(figure)
