@@ -3,13 +3,12 @@
     python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
     python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model that is there
 
-The backbone stands in for pre-training: it has met every rule for J, Q and K in general form, and conversations in
-which imperfect authors try, are corrected, and often just say the same thing again. It never meets a value
-multiset of the `unseen` split. What it knows and how well is in mini/README.md.
+The backbone stands in for pre-training: it has met every rule in general form, and conversations in which imperfect
+authors try, are corrected, and often just say the same thing again (corpus_gp.py, corpus_virl.py). It never meets a value
+multiset or a route of the `unseen` splits. What it knows and how well is in mini/README.md.
 """
+import importlib
 import json
-import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,6 @@ from transformers import (MllamaConfig, MllamaForConditionalGeneration, MllamaIm
                           PreTrainedTokenizerFast)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gp  # noqa: E402
-
 SPECIAL = {"bos": "<|begin_of_text|>", "user": "<|user|>", "assistant": "<|assistant|>", "eos": "<|end|>",
            "image": "<|image|>", "pad": "<|pad|>"}
 TEMPLATE = """{{ bos_token }}{% for message in messages %}\
@@ -36,33 +33,14 @@ TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 
 
 # ---------------------------------------------------------------- tokenizer: bytes, plus whole phrases as one token
-def phrases():
-    """Constant pieces of the conversations, so that a turn is some 20 tokens; digits, ranks, operators stay bytes."""
-    prompt = gp.PROMPT.replace("{target}", "24").replace("{{", "{").replace("}}", "}")
-    pieces = [p for p in re.split(r"\{[JQK]\}", prompt.replace("{cards}", "["))]
-    pieces += ["10", "11", "12", "13", "24", '=24"}', '{"cards": [', '], "number": [', '], "formula": "']
-    pieces += [f'"{rank}"' for rank in gp.RANKS] + [f', "{rank}"' for rank in gp.RANKS]
-    pieces += [f", {n}" for n in range(1, 14)]
-    start, end = gp.RETRY.split("{reason}")
-    for reason in ("the formula equals # instead of 24", "the number # is not on the table", "the number # is not used",
-                   "the number # is used too often", "the number # is used too rarely",
-                   "the formula has an unbalanced bracket", "an operator is missing in the formula",
-                   "a number is missing in the formula", "the formula divides by zero", "the formula is too long",
-                   "the formula is empty", 'no "formula" was found in the answer'):
-        pieces += [p for p in (start + reason + end).split("#")]
-    pieces.append(re.split(r"\{[JQK]\}", prompt)[-1].replace("{cards}", gp.PICTURE))
-    pieces += [gp.RETRY.format(reason=reason) for reason in (gp.MISREAD_REASON, 'no "cards" were found in the answer')]
-    return list(dict.fromkeys(pieces))
-
-
-def build_processor(image_size):
+def build_processor(image_size, phrases):
     """Byte-level tokenizer with phrase tokens, chat template and image processor, saved like any other model's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL.values()))
-    tokenizer.add_tokens([AddedToken(p, normalized=False, special=False) for p in phrases()])
+    tokenizer.add_tokens([AddedToken(p, normalized=False, special=False) for p in phrases])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL["bos"], eos_token=SPECIAL["eos"],
                                    pad_token=SPECIAL["pad"], chat_template=TEMPLATE,
                                    additional_special_tokens=[SPECIAL[k] for k in ("user", "assistant", "image")])
@@ -84,79 +62,12 @@ def build_model(shape, tokenizer):
     return model
 
 
-# ---------------------------------------------------------------- corpus
-class Corpus:
-    """Conversations of imperfect authors about hands of the train split, under many rules for J, Q and K.
-
-    Args: data: the recipe's shares; seed; image_size: None, or of the pictures that the cards are read from.
-    """
-
-    def __init__(self, data, seed, image_size=None):
-        self.data, self.rng, self.image_size, self.envs = data, random.Random(seed), image_size, {}
-
-    def env(self):
-        kind = self.rng.choices(("ten", "face", "other"), [self.data["ten"], self.data["face"], self.data["other"]])[0]
-        rule = {r: self.rng.randint(1, 13) for r in "JQK"} if kind == "other" else kind
-        if kind == "other":  # building the table of a new rule costs milliseconds: keep some and replace them slowly
-            slot = ("other", self.rng.randrange(40))
-            if self.rng.random() > 0.002 and slot in self.envs:
-                return self.envs[slot]
-        else:
-            slot = kind
-        if slot not in self.envs or kind == "other":
-            self.envs[slot] = gp.GeneralPoints(rule=rule, split="train", expert="varied", require_face=kind == "face",
-                                               image_size=self.image_size)
-        return self.envs[slot]
-
-    def conversation(self):
-        """Observation at the end of one author's turns: tries, the verifier's text, the same again or another try."""
-        env, data, answer = self.env(), self.data, None
-        if self.image_size:
-            env.suits = self.rng.choices(("black", "red", "mixed"), [data[s] for s in ("black", "red", "mixed")])[0]
-        obs, _ = env.reset(self.rng.getrandbits(48))
-        while not env.done:
-            if answer is None or self.rng.random() >= data["repeat"]:
-                if self.rng.random() < data["right"]:
-                    env.expert_kind = "canonical" if self.rng.random() < data["canonical"] else "varied"
-                    answer = env.expert()
-                else:
-                    answer = env.mistake()
-            obs, *_ = env.step(answer)
-            if self.rng.random() >= data["continue"]:
-                break
-        messages = obs["messages"]
-        if messages[-1]["role"] == "user" and not env.done:
-            messages = messages[:-1]
-        return {"messages": messages, "image": obs["image"], "cards": list(env.cards)}
-
-    def arithmetic(self):
-        """Plain sums, as any corpus has them: formula=value, one after another."""
-        lines = []
-        for _ in range(8):
-            numbers = [self.rng.randint(1, 13) for _ in range(self.rng.randint(2, 4))]
-            formula = str(numbers[0])
-            for n in numbers[1:]:
-                if not formula.isdigit() and self.rng.random() < 0.4:
-                    formula = f"({formula})"
-                op, left = self.rng.choice("+-*/"), self.rng.random() < 0.3
-                formula = f"{n}{op}({formula})" if left and not formula.isdigit() else f"{formula}{op}{n}"
-            try:
-                lines.append(f"{formula}={gp.compute(formula)[0]}")
-            except gp.FormulaError:
-                continue
-        return " ".join(lines)
-
-
-def batches(corpus, tokenizer, tokens):
+# ---------------------------------------------------------------- documents
+def batches(corpus, tokenizer, tokens, loss_after):
     """Endless (input_ids, attention_mask, labels) of about `tokens` tokens; documents of like length together."""
-    template = lambda m: tokenizer.apply_chat_template(m, tokenize=False)  # noqa: E731
     while True:
-        texts = []
-        for _ in range(2048):
-            if corpus.rng.random() < corpus.data["arithmetic"]:
-                texts.append(SPECIAL["bos"] + corpus.arithmetic() + SPECIAL["eos"])
-            else:
-                texts.append(render(corpus.conversation()["messages"]))
+        found = [corpus.document() for _ in range(2048)]
+        texts = [SPECIAL["bos"] + d + SPECIAL["eos"] if isinstance(d, str) else render(d) for d in found]
         documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
         documents.sort(key=len)
         chunks, chunk = [], []
@@ -167,7 +78,7 @@ def batches(corpus, tokenizer, tokens):
             chunk.append(ids)
         corpus.rng.shuffle(chunks)
         for chunk in chunks:
-            yield collate(chunk, tokenizer)
+            yield collate(chunk, tokenizer, loss_after)
 
 
 def render(messages):
@@ -181,14 +92,14 @@ def render(messages):
     return text
 
 
-def collate(documents, tokenizer):
-    """Right-padded batch; the first prompt carries no loss (its cards are chance), everything after it does."""
-    assistant = tokenizer.convert_tokens_to_ids(SPECIAL["assistant"])
+def collate(documents, tokenizer, loss_after=SPECIAL["assistant"]):
+    """Right-padded batch; what follows the first token `loss_after` carries loss (before it, much is mere chance)."""
+    marker = tokenizer.convert_tokens_to_ids(loss_after)
     width = max(map(len, documents))
     ids = torch.full((len(documents), width), tokenizer.pad_token_id)
     labels = torch.full((len(documents), width), -100)
     for row, document in enumerate(documents):
-        start = document.index(assistant) + 1 if assistant in document else 1
+        start = document.index(marker) + 1 if marker in document else 1
         ids[row, :len(document)] = torch.tensor(document)
         labels[row, start:len(document)] = torch.tensor(document[start:])
     return ids, (ids != tokenizer.pad_token_id).long(), labels
@@ -238,7 +149,8 @@ def fit(model, opts, stream, step, train):
 def train_text(model, processor, recipe):
     """Stage 1: the language model learns the game in words."""
     train = recipe["train"]
-    stream = batches(Corpus(recipe["data"], train["seed"]), processor.tokenizer, train["batch_tokens"])
+    corpus = corpora(recipe).Corpus(recipe["data"], train["seed"])
+    stream = batches(corpus, processor.tokenizer, train["batch_tokens"], train["loss_after"])
 
     def step(batch):
         ids, mask, labels = batch
@@ -256,40 +168,36 @@ def learns_to_see(name, recipe):
 def train_vision(model, processor, recipe):
     """Stage 2: tower, projector and cross-attention learn to see; the language model stays as it is, bit for bit.
 
-    This is how Llama 3.2 got its eyes too. A linear probe per card is trained along: its loss tells the tower where
-    the ranks are long before the language loss would.
+    This is how Llama 3.2 got its eyes too. A linear probe is trained along (the corpus says what for): its loss tells the
+    tower what matters long before the language loss would.
     """
     train, size = recipe["vision"], recipe["shape"]["vision"]["image_size"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns_to_see(name, recipe))
-    corpus = Corpus({**recipe["data"], **train}, train["seed"], [size, size])
-    side, slots = size // recipe["shape"]["vision"]["patch_size"], 4
-    rows = slice(side // 4, side - side // 4)  # the cards lie in the middle
-    width = recipe["shape"]["text"]["hidden_size"] * (side // 2) * (side // slots)
-    probe = torch.nn.Linear(width, len(gp.RANKS))
+    corpus = corpora(recipe).Corpus({**recipe["data"], **train}, train["seed"], [size, size])
+    side = size // recipe["shape"]["vision"]["patch_size"]
+    probe = corpora(recipe).Probe(recipe["shape"]["text"]["hidden_size"], side)
     opts = optimizers(model, train)
     opts[1].add_param_group({"params": list(probe.parameters())})
     correct = []
 
     def step(batch):
-        ids, mask, labels, pixels, ranks = batch
+        ids, mask, labels, pixels, targets = batch  # targets (B, slots)
         sight = (ids == model.config.image_token_index).cumsum(1)[:, :, None, None]
         hidden = model.model.vision_model(**pixels).last_hidden_state  # (B, 1, 1, 1 + side^2, C)
         states = model.model.multi_modal_projector(hidden).flatten(0, 2)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels, cross_attention_states=states,
                      cross_attention_mask=sight).loss
-        grid = states[:, 1:].unflatten(1, (side, side))[:, rows]  # (B, side/2, side, C)
-        grid = grid.unflatten(2, (slots, side // slots)).transpose(1, 2).flatten(2)  # (B, slots, ...)
-        guess = probe(grid)
-        correct.append((guess.argmax(-1) == ranks).float().mean().item())
-        return loss + train["probe"] * torch.nn.functional.cross_entropy(guess.flatten(0, 1), ranks.flatten())
+        guess = probe(states[:, 1:].unflatten(1, (side, side)))  # (B, slots, classes)
+        correct.append((guess.argmax(-1) == targets).float().mean().item())
+        return loss + train["probe"] * torch.nn.functional.cross_entropy(guess.flatten(0, 1), targets.flatten())
 
     figures = fit(model, opts, pictures(corpus, processor, train["batch_tokens"]), step, train)
     return {**figures, "probe": sum(correct[-50:]) / 50}
 
 
 def pictures(corpus, processor, tokens):
-    """Endless batches about pictures: (input_ids, attention_mask, labels, pixel inputs, (B, 4) rank indices)."""
+    """Endless batches about pictures: (input_ids, attention_mask, labels, pixel inputs, (B, slots) probe targets)."""
     while True:
         found = [corpus.conversation() for _ in range(256)]
         texts = [render(o["messages"]) for o in found]
@@ -305,9 +213,14 @@ def pictures(corpus, processor, tokens):
         corpus.rng.shuffle(chunks)
         for chunk in chunks:
             pixels = processor.image_processor([[o["image"]] for _, o in chunk], return_tensors="pt")
-            ranks = torch.tensor([[gp.RANKS.index(c) for c in o["cards"]] for _, o in chunk])
+            targets = torch.tensor([o["probe"] for _, o in chunk])
             yield (*collate([ids for ids, _ in chunk], processor.tokenizer),
-                   {k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}, ranks)
+                   {k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}, targets)
+
+
+def corpora(recipe):
+    """The module with the phrases and the Corpus of the recipe's environment."""
+    return importlib.import_module(f"corpus_{recipe['env']}")
 
 
 STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # name -> section of the recipe, function
@@ -316,7 +229,7 @@ STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # 
 def main(path, *stages):
     recipe = yaml.safe_load(Path(path).read_text())
     out, log = Path(recipe["out"]), Path(recipe["out"]) / "training.json"
-    processor = build_processor(recipe["shape"]["vision"]["image_size"])
+    processor = build_processor(recipe["shape"]["vision"]["image_size"], corpora(recipe).phrases())
     for stage in stages or STAGES:
         section, train = STAGES[stage]
         torch.manual_seed(recipe[section]["seed"])

@@ -25,6 +25,7 @@ from rollout import Play, evaluate, make_env, training_seeds
 from vlm import Sequence, load_state, save_state
 
 pretrain = importlib.import_module("mini.pretrain")
+corpus = importlib.import_module("mini.corpus_gp")
 
 
 def alone(turn):
@@ -372,7 +373,7 @@ def test_model_that_cannot_be_built_is_a_user_error(cfg, model, lora, named):
 
 # ---------------------------------------------------------------- text and ids
 FUZZ = settings(max_examples=200, deadline=None, derandomize=True, database=None)
-PIECES = st.sampled_from([*pretrain.phrases(), *"0123456789+-*/()\"[]{}:, \n\\é😀", "\x00", "10", "24"])
+PIECES = st.sampled_from([*corpus.phrases(), *"0123456789+-*/()\"[]{}:, \n\\é😀", "\x00", "10", "24"])
 
 
 @FUZZ
@@ -441,12 +442,15 @@ def test_evaluation_is_paired_and_independent_of_the_batch(policy, cfg):
     assert [r["seed"] for r in three] == sorted({r["seed"] for r in three}) and len(three) == 7
     for r in seven:
         rewards = [t.reward for t in r["turns"]]
-        assert 1 <= len(rewards) <= 3 and r["first"] == (rewards[0] == 5) and r["solved"] == (rewards[-1] == 5)
+        right = [int(reward == 5) for reward in rewards]
+        assert 1 <= len(rewards) <= 3 and r["counts"]["first"] == (right[0], 1) and r["counts"]["solved"] == (right[-1], 1)
+        assert r["counts"]["per_step"] == (sum(right), len(right)) and sum(right) <= 1
         assert [t.info["attempt"] for t in r["turns"]] == list(range(1, len(rewards) + 1))
-        assert r["solved"] or len(rewards) == 3
+        assert right[-1] or len(rewards) == 3
     single = evaluate(policy, cfg.env, 7, 1000, 1, 0, 7)
     assert [r["cluster"] for r in single] == [r["cluster"] for r in seven]
-    assert [r["first"] for r in single] == [r["first"] for r in seven] == [r["solved"] for r in single]
+    firsts = [r["counts"]["first"] for r in seven]
+    assert [r["counts"]["first"] for r in single] == firsts == [r["counts"]["solved"] for r in single]
     face = evaluate(policy, cfg.env, 7, 1000, 1, 0, 7, rule="face", require_face=True)
     assert [r["cluster"] for r in face] != [r["cluster"] for r in single]
 
