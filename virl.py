@@ -12,7 +12,9 @@ The routes themselves, generated or read, are routes.py's. Rewards are README's 
 """
 import json
 import re
+import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -74,6 +76,18 @@ class Position:
     leg: int  # of the route, that ends at or lies ahead of this position
     action: str  # turn, forward or stop
     observation: str  # oracle text
+
+
+@lru_cache(maxsize=512)
+def _styled(scene, city):
+    """The scene as it would look in another city; one object per pair, since streets keeps what it drew per scene."""
+    return replace(scene, city=city) if scene and city else scene
+
+
+@lru_cache(maxsize=4096)
+def _drawn(scene, place, heading, size):
+    """A street view as packed pixels: an evaluation comes back to the same places with every arm."""
+    return zlib.compress(streets.street_views(scene, *place, heading, size).tobytes(), 1)
 
 
 class Navigation:
@@ -152,7 +166,7 @@ class Navigation:
             self.route = self._routes[seed % len(self._routes)]
         else:
             self.route = split_route(self.split, seed % SPLITS[self.split], self.milestones)
-        self.scene = replace(self.route.scene, city=self.city) if self.city and self.route.scene else self.route.scene
+        self.scene = _styled(self.route.scene, self.city)
         self.rng = stream(self.route.key, "walk", seed)
         route, heading = self.route, self.route.init_heading
         if heading is None:
@@ -210,7 +224,8 @@ class Navigation:
     def _picture(self, now):
         if self._views:
             return self._views.look(self.route, now.place, now.heading, self.image_size)
-        return streets.street_views(self.scene, *now.place, now.heading, self.image_size)
+        pixels = zlib.decompress(_drawn(self.scene, now.place, now.heading, self.image_size))
+        return Image.frombytes("RGB", (self.image_size, self.image_size), pixels)
 
     def _obs(self):
         return {"messages": list(self.messages), "image": self.image}

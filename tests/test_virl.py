@@ -35,15 +35,17 @@ NOTHING, CROSSING = "No landmarks nearby.", "You are at an intersection."
 # ---------------------------------------------------------------- helpers
 @pytest.fixture
 def sketch(monkeypatch):
-    """Replaces the drawing by a tiny picture of nothing; returns the list of the arguments that it was asked for."""
+    """Replaces the drawing by a picture of nothing; returns the list of the arguments that it was asked for."""
     asked = []
+    virl._drawn.cache_clear()
 
     def draw(*args):
         asked.append(args)
-        return Image.new("RGB", (4, 4))
+        return Image.new("RGB", (args[-1], args[-1]))
 
     monkeypatch.setattr(streets, "street_views", draw)
-    return asked
+    yield asked
+    virl._drawn.cache_clear()
 
 
 def text(obs):
@@ -531,7 +533,7 @@ def test_pictures_take_the_place_of_the_newest_observation_only(sketch):
             for (i, p, words, _), *others in zip(*walks):
                 for (_, _, seen, _), look in zip(others, looks):
                     (message,) = seen["messages"]
-                    assert [part["type"] for part in message["content"]] == ["image", "text"] and seen["image"].size == (4, 4)
+                    assert [part["type"] for part in message["content"]] == ["image", "text"] and seen["image"].size == (64, 64)
                     past, (newest, _) = history(seen)[:-1], history(seen)[-1]
                     assert past == history(words)[:-1] and len(past) == i  # what was seen before is told in words
                     assert newest.startswith("The picture shows the views to your front and right (top), back and left (bottom).")
