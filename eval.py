@@ -268,7 +268,7 @@ def draw(curves, reports, e, path):
         for each in (axis, *others):
             each.grid(alpha=0.3)
     axes[0][0].legend(loc="lower right", fontsize=8)
-    axes[-1][0].set_xlabel("model GFLOPs of post-training (6ND trained + 2ND sampled)")
+    axes[-1][0].set_xlabel("model GFLOPs (6ND trained + 2ND sampled)")
     if seeing:
         axes[-1][1].set_xlabel("recognition % (paler: less compute)")
     figure.tight_layout()
