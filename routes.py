@@ -118,6 +118,7 @@ def _walk(nodes, links, legs, rng):
     """A self-avoiding walk over legs + 1 nodes that turns at every node between, all of them intersections; or None."""
 
     def extend(path, heading):
+        """The path, made longer leg by leg to its full length, or None where it leads nowhere."""
         if len(path) == legs + 1:
             return path
         if len(path) > 1 and len(links[path[-1]]) < 3:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import atan2, ceil, cos, degrees, exp, floor, hypot, inf, radians, sin, sqrt, tan
 from pathlib import Path
-import random
+from random import Random
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
@@ -236,7 +236,7 @@ def _plan(scene):
                 blocks.append(around + tuple(road.at(min(max(v, 0), road.length), 0) for v in (t - reach, t + reach)))
     lots, trees, blocks = [], [], [(block, *_disc(block)) for block in blocks]
     for index, road in enumerate(roads):
-        draw, reach = random.Random(f"{scene.seed}|road {index}"), road.length / 2 + WALL + DEPTH
+        draw, reach = Random(f"{scene.seed}|road {index}"), road.length / 2 + WALL + DEPTH
         x, y = road.at(road.length / 2, 0)
         close = [block for k, (block, centre, radius) in enumerate(blocks)
                  if k != index and hypot(centre[0] - x, centre[1] - y) < reach + radius]
@@ -466,6 +466,11 @@ def _things(scene, x, y):
     return sorted(things, key=lambda thing: (thing[1] == "sign" and thing[0] < CLEAR, -thing[0]))
 
 
+def _tile(size):
+    """Pixels of one view in a picture of `size`: at 901, 448 and a line of 5 between two."""
+    return (size - max(1, round(size / 180))) // 2
+
+
 def street_views(scene, x, y, heading, size):
     """What is seen from a place on a road: the grid [front, right; back, left], parted by black lines.
 
@@ -478,7 +483,7 @@ def street_views(scene, x, y, heading, size):
         raise ValueError(f"city: {scene.city!r} is not one of {', '.join(CITIES)}")
     if size < MIN_SIZE:
         raise ValueError(f"size: {size} is under {MIN_SIZE} pixels")
-    tile = (size - max(1, round(size / 180))) // 2
+    tile = _tile(size)
     backdrop, haze = _backdrop(scene.city, 2 * tile)
     views = []
     fine = tile / SPREAD  # pixels to a metre at a distance of one
@@ -514,7 +519,7 @@ def panorama_views(panorama, yaw, size):
 
     Args: panorama, RGB image of 360 x 180 degrees; yaw, degrees from its middle, clockwise, to the front; size, pixels.
     """
-    tile, mesh = (size - max(1, round(size / 180))) // 2, 12  # cells per side, within which the projection is bilinear
+    tile, mesh = _tile(size), 12  # cells per side, within which the projection is bilinear
     twice = Image.new("RGB", (2 * panorama.width, panorama.height))  # so that no cell crosses the seam
     twice.paste(panorama, (0, 0))
     twice.paste(panorama, (panorama.width, 0))

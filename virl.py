@@ -122,8 +122,8 @@ class Navigation:
              and 1 <= milestones[0] <= milestones[1] <= 8,
              f"milestones: {milestones!r} is not [fewest, most] within 1 and 8")
         need(city is None or city in tuple(streets.CITIES), f"city: {city!r} is none of {', '.join(streets.CITIES)}")
-        need(image_size is None or type(image_size) is int and 64 <= image_size <= 4096,
-             f"image_size: {image_size!r} is neither null nor a number of pixels from 64 to 4096")
+        need(image_size is None or type(image_size) is int and streets.MIN_SIZE <= image_size <= 4096,
+             f"image_size: {image_size!r} is neither null nor a number of pixels from {streets.MIN_SIZE} to 4096")
         need(isinstance(hide_intersection_text, bool),
              f"hide_intersection_text: {hide_intersection_text!r} is neither true nor false")
         need(image_size or not hide_intersection_text,
@@ -303,8 +303,10 @@ class Navigation:
 def main():
     """docs/route.png: a walk with its instructions, position by position, with what is right under both rules."""
     env = Navigation(split="unseen", milestones=(3, 3), image_size=430)
-    env.reset(next(s for s in range(200)
-                   if len((env.reset(s), env.rail)[1]) == 8 and sum(map(bool, env.route.landmarks)) > 1))
+    for seed in range(200):
+        env.reset(seed)
+        if len(env.rail) == 8 and sum(map(bool, env.route.landmarks)) > 1:  # two rows, and something to see on the way
+            break
     wide, high = 442, 494
     sheet = Image.new("RGB", (4 * wide + 12, 2 * high + 40 + 19 * len(env.instructions)), "white")
     write = ImageDraw.Draw(sheet).text

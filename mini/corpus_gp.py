@@ -36,6 +36,7 @@ class Corpus:
         self.data, self.rng, self.image_size, self.envs = data, random.Random(seed), image_size, {}
 
     def env(self):
+        """A table under one of the rules, drawn by the recipe's shares."""
         kind = self.rng.choices(("ten", "face", "other"), [self.data["ten"], self.data["face"], self.data["other"]])[0]
         rule = {r: self.rng.randint(1, 13) for r in "JQK"} if kind == "other" else kind
         if kind == "other":  # building the table of a new rule costs milliseconds: keep some and replace them slowly
