@@ -23,13 +23,22 @@ INF = float("inf")
 SCHEMA = {
     "env": dict,
     "model.path": str,
+    "model.random_init": bool,
+    "model.shape": str,
+    "model.tokenizer": str,
+    "model.prompt_tokens": (int, 1, 100_000),
+    "model.answer_tokens": (int, 1, 100_000),
+    "model.revision_tokens": (int, 1, 100_000),
     "model.device": ("cpu", "cuda", "auto"),
     "model.quantization": ("nf4", "none"),
     "model.keep_unquantized": [str],
     "model.dtype": ("float32", "bfloat16"),
     "model.tune": [("language", "projector", "vision")],
+    "model.gradient_checkpointing": bool,
     "model.merge_for_sampling": bool,
     "model.sample_tokens": (int, 1, INF),
+    "model.image_cache": (float, 0, INF),
+    "model.memory": (float, 0, INF),
     "model.max_new_tokens": (int, 1, 100_000),
     "lora.r": (int, 1, 10_000),
     "lora.alpha": (float, 0, INF),
@@ -80,13 +89,14 @@ SCHEMA = {
     "eval.curve_n": (int, 0, INF),
     "eval.seed": (int, 0, 2**31),
     "eval.runs": [str],
+    "eval.save_merged": [str],
     "eval.transcripts": (int, 0, 1000),
     "run.dir": str,
     "run.seed": (int, 0, 10_000_000),
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
-ELSEWHERE = ("model.device", "run.dir", "sft.init_step", "sft.save_every", "sft.micro_tokens", "ppo.save_every",
-             "ppo.micro_tokens")  # may change between stop and resume: where and how often, never what is computed
+ELSEWHERE = ("model.device", "model.memory", "model.image_cache", "model.gradient_checkpointing", "run.dir",
+             "sft.init_step", "sft.save_every", "sft.micro_tokens", "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how often, never what is computed
 
 
 class UserError(Exception):
