@@ -22,17 +22,20 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from bitsandbytes.functional import dequantize_4bit  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from transformers import AutoModelForImageTextToText  # noqa: E402
 
-from config import ROOT, UserError, find_model  # noqa: E402
+from backbone import adapt, load, one_line, positions, spellable  # noqa: E402
+from config import UserError  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else lengths that vary fragment a full card
 
-PARTS = {"language": "language_model|lm_head", "projector": "multi_modal_projector", "vision": "vision_model"}  # in names
+LOGITS = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
+PATCHES = 2**14  # image patches that are encoded at once where no gradient needs them
 
 
 @dataclass
@@ -129,32 +132,35 @@ class Policy:
         self.max_new_tokens, self.merge_for_sampling = model.max_new_tokens, model.merge_for_sampling
         self.sample_tokens, self.value_detach = model.sample_tokens, value_detach
         torch.manual_seed(seed)
-        self.processor, base = _load(model, self.device)
-        self.tokenizer = self.processor.tokenizer
-        self.vocabulary = len(self.tokenizer)
+        self.tokenizer, self.image_processor, base, self.eyes = load(model, self.device)
+        if model.dtype != "float32":
+            torch.set_float32_matmul_precision("high")  # LoRA and value head are fp32: TF32 is finer than the base
         self.special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self.parameters = sum(_numel(p) for p in base.parameters())  # N of the FLOP formulas
-        self.parameters_eyes = sum(_numel(p) for n, p in base.named_parameters() if not re.search(PARTS["language"], n))
-        tuned = re.compile(".*(" + "|".join(PARTS[part] for part in model.tune) + ")")
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(lora is None and bool(tuned.match(name)))
-        if lora is not None:
-            try:
-                base = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0,
-                                                       target_modules=f"(?={tuned.pattern})({lora.target_modules})"))
-            except (ValueError, re.error) as error:
-                raise UserError(f"lora.target_modules: {_line(error)}") from None
-            for parameter in base.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        self.net = base
-        self.base = base.get_base_model() if lora is not None else base  # LoRA layers sit inside the base
+        language = self.eyes.parts["language"]
+        self.parameters_eyes = sum(_numel(p) for n, p in base.named_parameters() if not re.search(language, n))
+        self.net = adapt(base, self.eyes.parts, model.tune, lora)
+        self.base = base  # LoRA layers sit inside the base
         width = self.base.config.get_text_config().hidden_size
         self.value_head = ValueHead(width, value_hidden).to(self.device)
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32  # 16-bit sampling and scoring differ: see rl.py
         self.tokens = {"train": 0, "inference": 0, "train_patches": 0, "inference_patches": 0}
-        self.seen = None  # inside `fixed`: image features by id(image)
+        self.never = torch.arange(self.base.lm_head.out_features, device=self.device) >= len(self.tokenizer)  # (V,), sampled
+        self.never[self.eyes.token:self.eyes.token + 1] = True  # (Llama's output layer has no such row)
+        self.lengths = None
+        if model.random_init:  # what random weights say has the real lengths and reads back as it was sampled
+            self.lengths, self.max_new_tokens = model, model.answer_tokens
+            says = spellable(self.tokenizer)
+            self.filler = says[0]
+            self.never = torch.ones_like(self.never).index_fill(0, torch.tensor(says, device=self.device), False)
+        self.checkpointing = model.gradient_checkpointing
+        if self.checkpointing:
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.in_rollout = False
+        sees = any(not re.search(language, name) for name in self.trainable)
+        self.frozen_eyes = not sees  # an image then has the same features for good
+        self.features, self.image_cache = {}, int(model.image_cache * 2**30)  # by id(image), in bytes
         self.net.eval()
 
     # ------------------------------------------------------------ observations in, ids out
@@ -163,10 +169,29 @@ class Policy:
 
         Returns: list of Sequences without spans. What a message spells is text: it never becomes a special token.
         """
-        texts = [self.tokenizer.apply_chat_template([{**m, "content": self._plain(m["content"])} for m in o["messages"]],
-                                                    tokenize=False, add_generation_prompt=True) for o in observations]
-        return [Sequence(ids, [], o["image"]) for o, ids in
-                zip(observations, self.tokenizer(texts, add_special_tokens=False)["input_ids"])]
+        return [Sequence(self.eyes.expand(ids, o["image"]), [], o["image"])
+                for o, ids in zip(observations, self._ids([self._filled(o["messages"]) for o in observations]))]
+
+    def _ids(self, conversations):
+        """Token ids of lists of messages."""
+        texts = [self.tokenizer.apply_chat_template([{**m, "content": self._plain(m["content"])} for m in messages],
+                                                    tokenize=False, add_generation_prompt=True) for messages in conversations]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _filled(self, messages):
+        """With random weights: the user's messages filled up to the prompt and revision lengths that the YAML gives."""
+        if self.lengths is None:
+            return messages
+        filled, wanted = [], self.lengths.prompt_tokens
+        for message in messages:
+            filled.append(message)
+            if message["role"] == "user":
+                filler = self.decode([self.filler]) * (wanted - len(self._ids([filled])[0]))
+                content = message["content"]
+                filled[-1] = {**message, "content": content + filler if isinstance(content, str) else
+                              [*content, {"type": "text", "text": filler}]}
+                wanted += self.lengths.revision_tokens
+        return filled
 
     def _plain(self, content):
         """Message content with special tokens that it spells broken up: <|image|> in an answer is no second image."""
@@ -177,7 +202,9 @@ class Policy:
         return content
 
     def encode_answers(self, texts):
-        """Answer ids with the end-of-turn token, as the model should write them."""
+        """Answer ids with the end-of-turn token, as the model should write them (with random weights, as many as in YAML)."""
+        if self.lengths is not None:
+            return [[self.filler] * self.lengths.answer_tokens for _ in texts]
         return [ids + [self.tokenizer.eos_token_id] for ids in
                 self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -195,8 +222,6 @@ class Policy:
         """
         answers = [None] * len(prompts)
         with self.fixed():
-            live = {id(p.image) for p in prompts}
-            self.seen = {key: entry for key, entry in self.seen.items() if key in live}  # of episodes still under way
             for group in micro_batches([(p, i) for i, p in enumerate(prompts)], self.sample_tokens):
                 batch = self._sample([p for p, _ in group], temperature, generator, max_new_tokens or self.max_new_tokens)
                 for (_, i), answer in zip(group, batch):
@@ -209,10 +234,10 @@ class Policy:
         ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p.ids)) + p.ids for p in prompts],
                            device=self.device)
         mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=self.device)  # (N, T)
-        sight = self._sight(ids, [p.image for p in prompts], self._recall)
-        out = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True, **sight)
+        whole, sight, offset = self._look(ids, mask, [p.image for p in prompts])
+        out = self.eyes.reader(attention_mask=mask, use_cache=True, **whole)
         hidden, cache = out.last_hidden_state[:, -1], out.past_key_values  # (N, C)
-        sight = {k: m[:, -1:] for k, m in sight.items() if k == "cross_attention_mask"}  # the rest is in the cache
+        del out, whole
         answers = [Answer([], [], v) for v in self.value_head(hidden).tolist()]
         self.tokens["inference"] += int(mask.sum())
         rows = torch.arange(len(prompts), device=self.device)  # which answer each live row writes
@@ -233,12 +258,11 @@ class Policy:
             if not live.all():  # finished rows stop costing
                 keep = live.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
-                rows, token, mask = rows[keep], token[keep], mask[keep]
+                rows, token, mask, offset = rows[keep], token[keep], mask[keep], offset[keep]
                 sight = {k: m[keep] for k, m in sight.items()}
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = self.base.model(input_ids=token[:, None], attention_mask=mask, past_key_values=cache,
-                                  position_ids=mask.sum(1, keepdim=True) - 1, use_cache=True, **sight)
-            hidden = out.last_hidden_state[:, -1]
+            hidden = self.eyes.reader(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True,
+                                      position_ids=mask.sum(1, keepdim=True) - 1 + offset, **sight).last_hidden_state[:, -1]
             self.tokens["inference"] += len(rows)
         for answer in answers:
             answer.logprobs = torch.tensor(answer.logprobs)
@@ -248,21 +272,24 @@ class Policy:
     def fixed(self):
         """For a rollout or an evaluation: inside, weights do not change, so each image is encoded once and, if asked
         for, every LoRA layer is one matmul with W + s B A instead of a dequantisation and three. May be nested."""
-        if self.seen is not None:
+        if self.in_rollout:
             yield
             return
         layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)] if self.merge_for_sampling else []
         try:
-            self.seen = {}
+            self.in_rollout = True
             with torch.no_grad():
                 for layer in layers:
                     base = layer.get_base_layer()
                     state = getattr(base.weight, "quant_state", None)
                     weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
-                    layer.forward = partial(linear, weight=weight + layer.get_delta_weight("default"), bias=base.bias)
+                    layer.forward = partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype),
+                                            bias=base.bias)
             yield
         finally:
-            self.seen = None
+            self.in_rollout = False
+            if not self.frozen_eyes:
+                self.features.clear()
             for layer in layers:
                 vars(layer).pop("forward", None)  # the class's own again
 
@@ -272,42 +299,40 @@ class Policy:
         return torch.tensor([a.value for a in self.sample(prompts, 0, None, max_new_tokens=1)])
 
     # ------------------------------------------------------------ images
-    def _sight(self, ids, images, encode):
-        """Keyword arguments by which the language model sees one image per row; {} for rows without.
+    def _look(self, ids, mask, images):
+        """How the language model reads a batch of whole prompts, ids and mask (B, T), each with its image or all without.
 
-        Args: ids (B, T), padded; images: B PIL images or Nones; encode: `_encode_images` or `_recall`.
-        Raises: ValueError for a batch that mixes rows with and without an image (Mllama cannot).
+        Returns: as of a family's prefill (backbone.py). Raises: ValueError for a mix, which Mllama cannot read.
         """
         if all(image is None for image in images):
-            return {}
+            return {"input_ids": ids, "position_ids": positions(mask)}, {}, torch.zeros_like(ids[:, :1])
         if any(image is None for image in images):
             raise ValueError("a batch cannot mix prompts with and without an image")
-        states, tiles = encode(images)  # (B, tiles, patches, C), (B, tiles)
-        after = (ids == self.base.config.image_token_index).cumsum(1) > 0  # (B, T); the two tokens before the image see it
-        # all the same: transformers zeroes the MLP of fully masked rows, not their attention (trained and used alike here)
-        return {"cross_attention_states": states.flatten(0, 1),
-                "cross_attention_mask": (after[:, :, None] & tiles[:, None].bool())[:, :, None].long()}  # (B, T, 1, tiles)
+        recall = self.in_rollout or self.frozen_eyes
+        return self.eyes.prefill(ids, mask, self._recall(images) if recall else self._encode(images))
 
-    def _encode_images(self, images):
-        """Vision tower and projector. Returns: states (B, tiles, patches, C) and which tiles are used (B, tiles)."""
-        pixels = self.processor.image_processor([[image] for image in images], return_tensors="pt").to(self.device)
-        tiles = pixels["aspect_ratio_mask"].squeeze(1)
-        out = self.base.model.vision_model(pixel_values=pixels["pixel_values"].to(self.base.dtype),
-                                           aspect_ratio_ids=pixels["aspect_ratio_ids"],
-                                           aspect_ratio_mask=pixels["aspect_ratio_mask"])
-        states = self.base.model.multi_modal_projector(out.last_hidden_state).squeeze(1)
+    def _encode(self, images):
+        """Features of each image (backbone.py), counted."""
+        features = self.eyes.encode(images)
         self.tokens["train_patches" if torch.is_grad_enabled() else "inference_patches"] += \
-            int(tiles.sum()) * states.shape[2]
-        return states, tiles
+            sum(map(self.eyes.looked_at, features))
+        return features
 
+    @torch.no_grad()
     def _recall(self, images):
-        """`_encode_images`, each image once while the weights are fixed."""
-        new = list({id(image): image for image in images if id(image) not in self.seen}.values())
-        if new:
-            for image, states, tiles in zip(new, *self._encode_images(new)):
-                self.seen[id(image)] = image, states, tiles  # the image too, so that its id stays its own
-        _, states, tiles = zip(*(self.seen[id(image)] for image in images))
-        return torch.stack(states), torch.stack(tiles)
+        """`_encode`, but an image met again is looked up; in host memory, the oldest give way."""
+        found = {id(image): self.features[id(image)][1] for image in images if id(image) in self.features}
+        new = list({id(image): image for image in images if id(image) not in found}.values())
+        while new:
+            several = max(1, PATCHES // self.eyes.patches(new[0]))
+            for image, features in zip(new, self._encode(new[:several])):
+                found[id(image)] = features
+                self.features[id(image)] = image, [f.cpu() for f in features]  # the image too, so that its id stays its own
+            new = new[several:]
+        size = sum(f.nbytes for _, features in self.features.values() for f in features)
+        while size > self.image_cache and self.features:
+            size -= sum(f.nbytes for f in self.features.pop(next(iter(self.features)))[1])
+        return [tuple(f.to(self.device) for f in found[id(image)]) for image in images]
 
     # ------------------------------------------------------------ scoring
     def score(self, sequences, temperature=1.0):
@@ -317,7 +342,7 @@ class Policy:
         Returns: dict with logprobs (A,), entropy (A,), turn (A,) = index of the answer 0..S-1, values (S,).
         Raises: RuntimeError inside `fixed`, where merged adapters would pass no gradient back.
         """
-        if self.seen is not None:
+        if self.in_rollout:
             raise RuntimeError("score inside fixed(): leave the rollout first")
         width = max(len(s.ids) for s in sequences)
         ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)
@@ -332,23 +357,30 @@ class Policy:
                 turns += [len(starts)] * (end - start)
                 starts.append((row, start - 1))
         ids, mask = ids.to(self.device), mask.to(self.device)  # (B, T)
-        sight = self._sight(ids, [s.image for s in sequences], self._encode_images)
-        hidden = self.base.model(input_ids=ids, attention_mask=mask, position_ids=_positions(mask),
-                                 use_cache=False, **sight).last_hidden_state  # (B, T, C)
+        whole, _, _ = self._look(ids, mask, [s.image for s in sequences])
+        learning = torch.is_grad_enabled()
+        self.net.train(learning and self.checkpointing)  # layers are checkpointed in this mode alone; nothing else differs
+        try:
+            hidden = self.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state  # (B, T, C)
+        finally:
+            self.net.eval()
         rows, columns, turns = (torch.tensor(x, device=self.device) for x in (rows, columns, turns))
-        logits = self._logits(hidden[rows, columns - 1])  # (A, V): answer positions alone
-        logprobs, entropy = token_logprobs(logits, ids[rows, columns], temperature)
+        several = max(1, LOGITS // len(self.never))
+        judge = partial(checkpoint, self._judge, use_reentrant=False) if learning and self.checkpointing else self._judge
+        judged = [judge(h, i, temperature) for h, i in zip(hidden[rows, columns - 1].split(several),  # answer positions alone
+                                                           ids[rows, columns].split(several))]
+        logprobs, entropy = map(torch.cat, zip(*judged))  # (A,) each
         states = hidden[tuple(torch.tensor(starts, device=self.device).T)]  # (S, C)
-        self.tokens["train" if torch.is_grad_enabled() else "inference"] += int(mask.sum())
+        self.tokens["train" if learning else "inference"] += int(mask.sum())
         return {"logprobs": logprobs, "entropy": entropy, "turn": turns,
                 "values": self.value_head(states.detach() if self.value_detach else states)}
 
+    def _judge(self, hidden, ids, temperature):
+        return token_logprobs(self._logits(hidden), ids, temperature)
+
     def _logits(self, hidden):
-        """(.., V) fp32; rows of the output layer that name no token can never be sampled."""
-        logits = self.base.lm_head(hidden).float()
-        if logits.shape[-1] > self.vocabulary:
-            logits[..., self.vocabulary:] = -torch.inf
-        return logits
+        """(.., V) fp32; what may never be sampled has no probability."""
+        return self.base.lm_head(hidden).float().masked_fill(self.never, -torch.inf)
 
     # ------------------------------------------------------------ weights
     def flops(self):
@@ -377,12 +409,21 @@ class Policy:
 
     def save(self, folder):
         """Adapter in peft's own format (or the whole model without LoRA), value head and library versions."""
-        self.net.save_pretrained(folder)
         if self.net is self.base:
-            self.processor.save_pretrained(folder)
+            self._save_whole(self.base, folder)
+        else:
+            self.net.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
         (folder / "versions.txt").write_text("".join(f"{m.__name__}=={m.__version__}\n"
                                                      for m in (torch, transformers, peft)))
+
+    def save_merged(self, folder):
+        """A normal model folder with W + s B A in place of W. The policy is of no further use; 4-bit weights cannot."""
+        self._save_whole(self.base if self.net is self.base else self.net.merge_and_unload(), folder)
+
+    def _save_whole(self, model, folder):
+        for part in (model, self.tokenizer, self.image_processor):
+            part.save_pretrained(folder)
 
     def load(self, folder, value_head=True):
         """Take over the weights of a checkpoint of the same shape. Raises: UserError naming what is wrong with it."""
@@ -395,7 +436,7 @@ class Policy:
                 weights = {n: p.data for n, p in tuned.named_parameters() if n in self.trainable}
             head = load_file(folder / "value_head.safetensors", device=str(self.device))
         except Exception as error:  # safetensors raises its own type for a damaged file
-            raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None
+            raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
             raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration "
@@ -428,7 +469,7 @@ def load_state(folder):
     try:
         return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {folder} is missing or damaged: {_line(error)}") from None
+        raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
 
 
 def peak_memory(device):
@@ -436,15 +477,6 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _line(error):
-    """An exception as one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _positions(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _numel(parameter):
@@ -458,25 +490,3 @@ def _device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device=cuda, but PyTorch sees no GPU here; use model.device=cpu")
     return torch.device(name)
-
-
-def _load(model, device):
-    """Processor and base model through the Auto classes, 4-bit NF4 with double quantisation if asked."""
-    path, dtype = find_model(model.path), getattr(torch, model.dtype)
-    quantization = None if model.quantization == "none" else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=model.keep_unquantized)
-    if not os.path.isdir(path) and (ROOT / path).parent.is_dir():  # a slip in a local path: do not ask the hub
-        raise UserError(f"model.path: no folder {model.path!r}; give a local folder or a hub name like organisation/model")
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-        base = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, quantization_config=quantization,
-                                                           device_map={"": device}, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        reason = _line(error) if os.path.isdir(path) else "no such folder, and not on the hub"
-        raise UserError(f"model.path: cannot load {model.path!r}: {reason}") from None
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack the weights for AVX512 at the first eval forward and then pass no gradient back
-            module.support_avx512bf16_for_cpu = False
-    return processor, base

@@ -79,7 +79,7 @@ class Benchmark:
         tokenizer, end = self.policy.tokenizer, self.policy.tokenizer.eos_token_id
         batch = tokenizer.pad({"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt")
         if prompts[0].image is not None:  # as MllamaProcessor makes them; every turn encodes its images anew
-            pixels = self.policy.processor.image_processor([[p.image] for p in prompts], return_tensors="pt")
+            pixels = self.policy.image_processor([[p.image] for p in prompts], return_tensors="pt")
             after = (batch["input_ids"] == self.policy.base.config.image_token_index).cumsum(1)  # (N, T)
             batch["cross_attention_mask"] = after[:, :, None, None] * pixels["aspect_ratio_mask"][:, None]
             batch.update({k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")})

@@ -298,7 +298,8 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
 # ---------------------------------------------------------------- the shape of the program
 PROGRAM = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 MAY_IMPORT = {"config": set(), "cards": set(), "gp": {"cards"}, "streets": set(), "routes": {"streets"},
-              "virl": {"routes", "streets"}, "vlm": {"config"}, "rollout": {"gp", "virl", "config", "vlm"}}
+              "virl": {"routes", "streets"}, "backbone": {"config"}, "vlm": {"backbone", "config"},
+              "rollout": {"gp", "virl", "config", "vlm"}, "plan": {"backbone", "config", "rollout"}}
 LEAF = {"config", "rollout", "vlm"}  # sft, rl and eval know no environment and not each other
 FILES = pytest.mark.parametrize("name", sorted(PROGRAM))
 
@@ -332,7 +333,7 @@ def test_nothing_is_evaluated_unpickled_or_swallowed(name):
                 assert "weights_only=True" in ast.unparse(node)
 
 
-@pytest.mark.parametrize("name", ["sft", "rl", "eval", "vlm"])
+@pytest.mark.parametrize("name", ["sft", "rl", "eval", "vlm", "backbone"])
 def test_trainers_name_no_environment(name):
     strings = {node.value for node in ast.walk(PROGRAM[name]) if isinstance(node, ast.Constant)}
     assert not strings & {"gp", "virl", "GeneralPoints", "Navigation"}

@@ -213,22 +213,23 @@ def test_batched_greedy_answers_are_those_of_single_prompts(policy, prompts):
 def hidden(policy, ids, images):
     ids = torch.tensor([ids] * len(images))
     with torch.no_grad():
-        sight = policy._sight(ids, images, policy._encode_images)
-        return policy.base.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False,
-                                 **sight).last_hidden_state
+        mask = torch.ones_like(ids)
+        whole, _, _ = policy.eyes.prefill(ids, mask, policy.eyes.encode(images))
+        return policy.base.model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
 
 
 def test_mask_opens_at_the_image_token(policy, turns):
-    """Row by row, padded left as for sampling; reads the private `_sight`, there is no other way to see the mask."""
+    """Row by row, padded left as for sampling; as a family reads its prompts."""
     eye, pad = policy.base.config.image_token_index, policy.tokenizer.pad_token_id
     rows = [turns[0].prompt, alone(turns[-1])]
     width = max(len(s.ids) for s in rows) + 3
     ids = torch.tensor([[pad] * (width - len(s.ids)) + s.ids for s in rows])
     assert all(s.ids.count(eye) == 1 and s.ids[2] == eye for s in rows)  # BOS, <|user|>, <|image|>
     with torch.no_grad():
-        sight = policy._sight(ids, [s.image for s in rows], policy._encode_images)
-    mask = sight["cross_attention_mask"]
-    assert mask.shape == (2, width, 1, 1) and sight["cross_attention_states"].shape == (2, PATCHES, 128)
+        whole, later, _ = policy.eyes.prefill(ids, (ids != pad).long(), policy.eyes.encode([s.image for s in rows]))
+    mask = whole["cross_attention_mask"]
+    assert mask.shape == (2, width, 1, 1) and whole["cross_attention_states"].shape == (2, PATCHES, 128)
+    assert later["cross_attention_mask"].tolist() == [[[[1]]], [[[1]]]]
     for row, sequence in zip(mask[..., 0, 0].tolist(), rows):
         unseeing = width - len(sequence.ids) + 2
         assert row == [0] * unseeing + [1] * (width - unseeing)
@@ -282,14 +283,14 @@ def test_any_answer_stays_text(policy, text):
 
 
 def test_special_tokens_sampled_in_an_answer_are_not_in_the_next_prompt(policy):
-    """Nothing keeps a model from sampling the image token: it is no second image, neither to the score nor later."""
+    """The image token itself is never sampled."""
     (prompt,) = firsts(policy, 1)
     eye, user = policy.tokenizer.convert_tokens_to_ids(["<|image|>", "<|user|>"])
-    answer = [*policy.encode_answers(["10"])[0][:-1], eye, user, eye, policy.tokenizer.eos_token_id]
+    answer = [*policy.encode_answers(["10"])[0][:-1], user, eye, policy.tokenizer.eos_token_id]
     assert policy.decode(answer) == "10"
     with torch.no_grad():
         out = policy.score([prompt.answered(answer)])
-    assert out["logprobs"].shape == (5,) and out["logprobs"].isfinite().all()
+    assert out["logprobs"].isfinite().tolist() == [True, True, False, True]
     check_spelled(policy, policy.decode(answer))
 
 
@@ -301,7 +302,6 @@ def test_images_are_encoded_once_per_episode(make_policy, cfg):
         for turn in range(5):
             tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
             assert policy.tokens["inference_patches"] == PATCHES * 5 * (turn // 2 + 1)  # after two failures a new hand
-            assert len(policy.seen) == 5  # and the old ones are forgotten
         waiting = policy.encode([tables.episodes[slot][1] for slot in tables.waiting()])
         policy.values(waiting)
         assert len(waiting) == 5 and policy.tokens["inference_patches"] == PATCHES * 15  # known already
@@ -319,11 +319,27 @@ def test_each_sample_on_its_own_looks_again(make_policy):
     one, two = firsts(policy, 2)
     for calls in (1, 2):
         greedy(policy, [one, two, one])  # one picture twice in a batch is still one
-        assert policy.tokens["inference_patches"] == 2 * PATCHES * calls and policy.seen is None
+        assert policy.tokens["inference_patches"] == 2 * PATCHES * calls and not policy.features
     for images in (1, 2, 2):
         with torch.no_grad():
             policy.score([one.answered([5])] * images)
     assert policy.tokens["inference_patches"] == PATCHES * (4 + 5)  # scoring encodes row by row
+
+
+@pytest.mark.parametrize("cache", [1, 1e-4, 0])
+def test_frozen_eyes_look_once_and_see_the_same(make_policy, cache):
+    """Also in the update; what the cache has no room for is looked at again."""
+    prompts = [p.answered([5, 6]) for p in firsts(make_policy(), 6)]
+    one, two = make_policy(tune=["language"], image_cache=cache), make_policy(tune=["language"], image_cache=0)
+    greedy(one, prompts)
+    with torch.no_grad():
+        states = two.eyes.encode([p.image for p in prompts])
+    for _ in range(2):
+        torch.testing.assert_close(one.score(prompts)["logprobs"], two.score(prompts)["logprobs"], rtol=0, atol=1e-5)
+    bytes_of_one = states[0][0].nbytes
+    assert sum(f.nbytes for _, features in one.features.values() for f in features) == \
+        min(6, cache * 2**30 // bytes_of_one) * bytes_of_one
+    assert one.tokens["inference_patches"] == PATCHES * {1: 6, 1e-4: 12, 0: 18}[cache] and not one.tokens["train_patches"]
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "as adapters"])
@@ -463,7 +479,7 @@ def test_words_and_pictures_do_not_mix(policy):
             greedy(policy, [shown(Sequence(blind.ids, []), p.image) for p in pair])  # of one length, hence one batch
         with pytest.raises(ValueError, match="mix"):
             policy.score([p.answered([5]) for p in pair])
-    assert policy.seen is None
+    assert not policy.features and not policy.in_rollout
     assert len(greedy(policy, [seeing])) == 1  # and it goes on
 
 
