@@ -62,13 +62,7 @@ class Benchmark:
         return Play([make_env(self.cfg.env, self.cfg.ppo.verify_iters) for _ in range(tables)], seeds)
 
     def timed(self, function, *arguments):
-        """What the function returns and its seconds, a GPU's pending work included."""
-        sync = torch.cuda.synchronize if self.policy.device.type == "cuda" else lambda: None
-        sync()
-        began = perf_counter()
-        result = function(*arguments)
-        sync()
-        return result, perf_counter() - began
+        return timed(self.policy.device, function, *arguments)
 
     def update(self, turns, advantages, returns, ppo, play):
         return self.timed(rl.update, self.policy, self.optimizer, turns, advantages, returns, ppo,
@@ -123,6 +117,16 @@ class Benchmark:
         return {name: median(column) * 1e6 for name, column in zip(("reset", "step"), zip(*seconds))}
 
 
+def timed(device, function, *arguments):
+    """What the function returns and its seconds, a GPU's pending work included."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    began = perf_counter()
+    result = function(*arguments)
+    sync()
+    return result, perf_counter() - began
+
+
 def reset_peak(device):
     """Forget the peak memory so far, so that each way shows its own (CPU: Linux alone; elsewhere it only grows)."""
     if device.type == "cuda":
@@ -142,6 +146,14 @@ def machine(device):
             **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
 
 
+def json_file(text):
+    """The argument of --json. Raises: UserError before anything is measured, if it cannot be written."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--json {path}: not a file in a folder that is there")
+    return path
+
+
 def report(result):
     """The table: medians over the rounds; prompt and answer are mean lengths in tokens."""
     print("\n" + ", ".join(f"{name} {value}" for name, value in result["machine"].items()) + "\n")
@@ -159,10 +171,8 @@ def report(result):
 
 def main(arguments):
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_file)
     options, arguments = parser.parse_known_args(arguments)
-    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise UserError(f"--json {options.json}: not a file in a folder that is there")
     cfg, raw, _ = load(arguments)
     bench, ways = Benchmark(cfg), ("one at a time", "ours", "bare generate")
     torch.manual_seed(cfg.run.seed)  # of HF generate
