@@ -35,7 +35,7 @@ class CrossAttention:
              "vision": "model.vision_model"}
 
     def __init__(self, base, image_processor):
-        self.model, self.reader, self.image_processor = base.model, base.model, image_processor
+        self.model, self.reader, self.image_processor = base.model, base.model.language_model, image_processor
         self.dtype, self.token = base.dtype, base.config.image_token_index
 
     def expand(self, ids, image):
@@ -63,13 +63,15 @@ class CrossAttention:
         tiles = torch.tensor([len(states) for states, in features], device=ids.device)
         most = int(tiles.max())
         states = torch.stack([pad(s, (0, 0, 0, 0, 0, most - len(s))) for s, in features])  # (B, most, patches, C)
-        used = torch.arange(most, device=ids.device) < tiles[:, None]  # (B, most)
-        after = (ids == self.token).cumsum(1) > 0  # (B, T); the two tokens before the image see it
-        # all the same: transformers zeroes the MLP of fully masked rows, not their attention (trained and used alike here)
-        sees = (after[:, :, None] & used[:, None])[:, :, None].to(self.dtype)  # (B, T, 1, most)
-        whole = {"input_ids": ids, "position_ids": positions(mask), "cross_attention_mask": sees,
-                 "cross_attention_states": states.flatten(0, 1)}
-        return whole, {"cross_attention_mask": sees[:, -1:]}, torch.zeros_like(ids[:, :1])  # the rest is in the cache
+        unused = (torch.arange(most, device=ids.device) >= tiles[:, None]).repeat_interleave(states.shape[2], 1)
+        bias = torch.zeros(unused.shape, dtype=self.dtype, device=ids.device)  # (B, most * patches)
+        bias = bias.masked_fill(unused, torch.finfo(self.dtype).min)[:, None, None]
+        # the few tokens before the image attend to it all the same, but skip the layer's MLP: so transformers reads the
+        # model, by a mask that is B x T x patches large and needs no such size
+        after = ((ids == self.token).cumsum(1) > 0).to(self.dtype)[:, None, :, None]  # (B, 1, T, 1)
+        whole = {"input_ids": ids, "position_ids": positions(mask), "cross_attention_states": states.flatten(0, 1),
+                 "cross_attention_mask": bias, "full_text_row_masked_out_mask": after}
+        return whole, {"cross_attention_mask": bias}, torch.zeros_like(ids[:, :1])  # the rest is in the cache
 
 
 class Inline:
@@ -94,7 +96,10 @@ class Inline:
         """Returns: per image (embeddings (tokens, C), grid (3,) of patches, embeddings for deeper layers (tokens, C) ..)."""
         pixels = self.image_processor(images, return_tensors="pt").to(self.model.device)
         out = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"], return_dict=True)
-        return list(zip(out.pooler_output, pixels["image_grid_thw"], *getattr(out, "deepstack_features", ())))
+        sizes = [len(embeddings) for embeddings in out.pooler_output]
+        deeper = [layer.split(sizes) if torch.is_tensor(layer) else layer  # as of transformers 5.17 and 5.23
+                  for layer in getattr(out, "deepstack_features", ())]
+        return list(zip(out.pooler_output, pixels["image_grid_thw"], *deeper))
 
     def looked_at(self, features):
         return features[1].prod().item()

@@ -215,24 +215,33 @@ def hidden(policy, ids, images):
     with torch.no_grad():
         mask = torch.ones_like(ids)
         whole, _, _ = policy.eyes.prefill(ids, mask, policy.eyes.encode(images))
-        return policy.base.model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
+        return policy.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state
 
 
-def test_mask_opens_at_the_image_token(policy, turns):
-    """Row by row, padded left as for sampling; as a family reads its prompts."""
-    eye, pad = policy.base.config.image_token_index, policy.tokenizer.pad_token_id
+def library(policy, ids, images, mask=None):
+    """Hidden states by transformers' own way: pixels in, its masks."""
+    pixels = policy.image_processor([[image] for image in images], return_tensors="pt")
+    mask = torch.ones_like(ids) if mask is None else mask
+    after = (ids == policy.eyes.token).cumsum(1) > 0
+    with torch.no_grad():
+        return policy.base.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                                 cross_attention_mask=after[:, :, None, None].long() * pixels["aspect_ratio_mask"][:, None],
+                                 use_cache=False, **pixels).last_hidden_state
+
+
+def test_pictures_are_seen_as_by_the_library(policy, turns):
+    """Padded left as for sampling: tokens before and after the image, row by row."""
+    eye, pad = policy.eyes.token, policy.tokenizer.pad_token_id
     rows = [turns[0].prompt, alone(turns[-1])]
     width = max(len(s.ids) for s in rows) + 3
     ids = torch.tensor([[pad] * (width - len(s.ids)) + s.ids for s in rows])
     assert all(s.ids.count(eye) == 1 and s.ids[2] == eye for s in rows)  # BOS, <|user|>, <|image|>
+    mask, images = (ids != pad).long(), [s.image for s in rows]
     with torch.no_grad():
-        whole, later, _ = policy.eyes.prefill(ids, (ids != pad).long(), policy.eyes.encode([s.image for s in rows]))
-    mask = whole["cross_attention_mask"]
-    assert mask.shape == (2, width, 1, 1) and whole["cross_attention_states"].shape == (2, PATCHES, 128)
-    assert later["cross_attention_mask"].tolist() == [[[[1]]], [[[1]]]]
-    for row, sequence in zip(mask[..., 0, 0].tolist(), rows):
-        unseeing = width - len(sequence.ids) + 2
-        assert row == [0] * unseeing + [1] * (width - unseeing)
+        whole, later, _ = policy.eyes.prefill(ids, mask, policy.eyes.encode(images))
+        ours = policy.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state
+    assert whole["cross_attention_states"].shape == (2, PATCHES, 128) and later["cross_attention_mask"].shape[0] == 2
+    torch.testing.assert_close(ours[mask > 0], library(policy, ids, images, mask)[mask > 0], rtol=0, atol=1e-4)
 
 
 def test_what_follows_the_image_token_sees_it(policy):
