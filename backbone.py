@@ -136,6 +136,8 @@ def load(model, device):
         shape = find_model(model.shape if model.random_init else model.path)
         config = AutoConfig.from_pretrained(shape)
         tokenizer = AutoTokenizer.from_pretrained(find_model(model.tokenizer) if model.random_init else shape)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         image_processor = AutoImageProcessor.from_pretrained(shape, backend="pil")  # the same pixels everywhere
         base = random_base(model, config, device) if model.random_init else \
             AutoModelForImageTextToText.from_pretrained(shape, dtype=getattr(torch, model.dtype), device_map={"": device},

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,8 +97,11 @@ SCHEMA = {
     "run.seed": (int, 0, 10_000_000),
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
-ELSEWHERE = ("model.device", "model.memory", "model.image_cache", "model.gradient_checkpointing", "run.dir",
-             "sft.init_step", "sft.save_every", "sft.micro_tokens", "ppo.save_every", "ppo.micro_tokens")  # may change between stop and resume: where and how often, never what is computed
+# Keys that may change between stop and resume: where it runs, in what portions, what is kept. Never what is learnt from
+# what, though numbers may round otherwise and, with the second line, other answers be drawn from the same distribution.
+ELSEWHERE = ("model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
+             "model.device", "model.sample_tokens", "model.merge_for_sampling",
+             "run.dir", "sft.init_step", "sft.save_every", "ppo.save_every")
 
 
 class UserError(Exception):
@@ -227,9 +232,30 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to continue from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def within_memory(doing, cfg, *keys):
+    """Running out of memory inside, the GPU's or the machine's, becomes a UserError that says what to change.
+
+    Args: doing: what is done inside; keys: those to lower ("ppo.micro_tokens") or to set ("model.quantization=nf4").
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError, that of its CPU allocator has no other name
+        if not re.search("MemoryError|out of memory|not enough memory|allocate memory", f"{type(error).__name__} {error}"):
+            raise
+        ways = []
+        for key, _, wanted in (key.partition("=") for key in keys):
+            section, name = key.split(".")
+            value = str(getattr(getattr(cfg, section), name)).lower()
+            if value not in (wanted, "1"):  # one that is not as low as it goes
+                ways.append(f"set {key}={wanted}" if wanted else f"lower {key} ({value})")
+        raise UserError(f"out of memory while {doing}: {' or '.join(ways) or 'it needs a larger machine'}; `python plan.py "
+                        "CONFIG` shows what takes how much (the last checkpoint is intact)") from None
 
 
 # ---------------------------------------------------------------- run directories
@@ -240,7 +266,7 @@ def arm_name(script, overrides):
 
 
 class Run:
-    """One arm's folder: config.yaml, metrics.jsonl, transcripts.jsonl and step_N/ checkpoints.
+    """One arm's folder: config.yaml, metrics.jsonl, transcripts.jsonl and step_N/ checkpoints; after Ctrl-C a stopped_N/.
 
     Opening it again continues it: lines logged after the last whole checkpoint are dropped.
     Raises: UserError if the folder belongs to other settings.
@@ -260,7 +286,8 @@ class Run:
             shutil.rmtree(leftover)
         if not stored.exists():
             write_atomic(stored, yaml.safe_dump(sections, sort_keys=False))
-        self.step, self.last = max(checkpoints(self.dir), default=(0, None))
+        self.step, self.last = max(checkpoints(self.dir) + checkpoints(self.dir, "stopped"), default=(0, None))
+        self.stopping = None  # after Ctrl-C: what is being finished
         for name in ("metrics.jsonl", "transcripts.jsonl"):
             path = self.dir / name
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -286,15 +313,40 @@ class Run:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     @contextmanager
-    def checkpoint(self, step):
-        """A folder to write into that becomes step_N/ only when all of it is on disk."""
-        temporary, final = self.dir / f".tmp_{step}", self.dir / f"step_{step}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+    def stoppable(self, unit):
+        """Around the training loop: the first Ctrl-C sets `stopping`, so that the `unit` under way is finished and saved
+        before `checkpoint` stops the run; a second one stops at once."""
+        def finish(*_):
+            signal.signal(signal.SIGINT, previous)
+            self.stopping = unit
+            line = "\n" * sys.stderr.isatty() + f"finishing this {unit}, then saving; Ctrl-C again stops at once\n"
+            os.write(2, line.encode())  # print may not be called while another print is interrupted
+
+        previous = signal.getsignal(signal.SIGINT)
+        ours = previous is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+        if ours:  # not where Ctrl-C is ignored, as by nohup
+            signal.signal(signal.SIGINT, finish)
+        try:
+            yield
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, previous)
+
+    @contextmanager
+    def checkpoint(self, step, regular=True):
+        """A folder to write into that becomes step_N/ only when all of it is on disk.
+
+        One that is there only because of Ctrl-C, not `regular`, is no point of a curve: stopped_N/, until the next one.
+        Raises: KeyboardInterrupt when it is written, after Ctrl-C.
+        """
+        final = self.dir / f"{'step' if regular else 'stopped'}_{step}"
+        with written_whole(final) as folder:
+            yield folder
+        for _, old in checkpoints(self.dir, "stopped"):
+            if old != final:
+                shutil.rmtree(old)
+        if self.stopping:
+            raise KeyboardInterrupt(f"stopped after {self.stopping} {step}; run the same command again to continue")
 
 
 def _flat(tree, prefix=""):
@@ -311,10 +363,24 @@ def _step_of(line):
         return INF  # a line cut off in the middle
 
 
-def checkpoints(folder):
-    """[(N, path)] of the step_N folders, in order of N."""
-    found = [(int(p.name[5:]), p) for p in Path(folder).glob("step_*") if p.name[5:].isdigit()]
-    return sorted(found)
+def checkpoints(folder, kind="step"):
+    """[(N, path)] of the step_N (or stopped_N) folders, in order of N."""
+    found = [(p.name[len(kind) + 1:], p) for p in Path(folder).glob(f"{kind}_*")]
+    return sorted((int(n), p) for n, p in found if n.isdigit())
+
+
+@contextmanager
+def written_whole(folder):
+    """A temporary folder to write into that becomes `folder`, or replaces it, only when all of it is on disk."""
+    new, old = (folder.with_name(f".tmp_{age}_{folder.name}") for age in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    with suppress(FileNotFoundError):
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomic(path, text):

@@ -9,8 +9,9 @@ episodes, so differences are paired; a metric is right / all, summed over episod
 clustered by value multiset (or route). The environment says what is shown (env.reports) and which reference policies
 (env.references) stand below the arms.
 
-Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (the table) and
-evaluation.png. Source: paper Sec. 5, C.3, with this project's protocol (README).
+Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (the table),
+evaluation.png and for the arms in eval.save_merged ARM/merged, a model folder for any program (of several seeds the
+first's). Source: paper Sec. 5, C.3, with this project's protocol (README).
 """
 import json
 from contextlib import suppress
@@ -21,12 +22,13 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from config import UserError, checkpoints, load, run_main, write_atomic
+from config import UserError, checkpoints, load, run_main, within_memory, write_atomic, written_whole
 from rollout import evaluate, make_env, play_reference
 from vlm import Policy, load_state
 
 RESAMPLES = 2000
 CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
+HERE = ("device", "image_cache", "gradient_checkpointing")  # model keys that follow this machine, not the arm
 
 
 # ---------------------------------------------------------------- statistics, pure
@@ -89,6 +91,14 @@ def spread(count, most=CURVE_POINTS):
     return sorted({round(i * (count - 1) / max(1, min(count, most) - 1)) for i in range(min(count, most))})
 
 
+def arm_settings(checkpoint, cfg):
+    """Arguments of the Policy of a checkpoint's own arm; cfg has what follows this machine and keys newer than the arm."""
+    arm, here = yaml.safe_load((checkpoint.parent / "config.yaml").read_text()), vars(cfg.model)
+    model = {**here, **arm["model"], **{key: here[key] for key in HERE}}
+    return {"model": SimpleNamespace(**model), "lora": arm["lora"] and SimpleNamespace(**arm["lora"]),
+            "seed": arm["run"]["seed"]}
+
+
 class Cells:
     """Evaluated cells of one run: each (checkpoint, variant, split, temperature, n) is played once and kept.
 
@@ -137,15 +147,17 @@ class Cells:
             records = play_reference(self.cfg.env, checkpoint, n, e.seed, e.verify_iters, **changes)
             bar.update(n)
             return records
-        arm = yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
-        shape = {**arm["model"], "device": self.cfg.model.device}, arm["lora"]
-        if self.shape != shape:
-            self.policy = Policy(SimpleNamespace(**shape[0]), shape[1] and SimpleNamespace(**shape[1]))
-            self.shape, self.loaded = shape, None
-        if self.loaded != checkpoint:
-            self.policy.load(checkpoint, value_head=False)
-            self.loaded = checkpoint
-        return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
+        shape = arm_settings(checkpoint, self.cfg)
+        with within_memory("loading the model", self.cfg):
+            if self.shape != shape:
+                self.policy = None  # before the next one needs its memory
+                self.policy = Policy(**shape)
+                self.shape, self.loaded = shape, None
+            if self.loaded != checkpoint:
+                self.policy.load(checkpoint, value_head=False)
+                self.loaded = checkpoint
+        with within_memory("sampling", self.cfg, "eval.batch_size"):
+            return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
 
 
 # ---------------------------------------------------------------- table
@@ -263,7 +275,7 @@ def draw(curves, reports, e, path):
                 axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             for other in others:
                 other.scatter(recognized, mean, color=color, marker=style[0], s=size ** 2 if arm == "Init" else 30,
-                              alpha=[0.2 + 0.8 * compute / most for compute in x] if arm != "Init" else 1, zorder=order)
+                              alpha=[1 - 0.8 * (1 - compute / most) for compute in x] if arm != "Init" else 1, zorder=order)
         axis.set_ylabel(f"{variant}\n{reports[0][0]} % ({temperature_name(e.temperatures[0])})")
         for each in (axis, *others):
             each.grid(alpha=0.3)
@@ -287,6 +299,16 @@ def print_transcripts(cells, arms, e):
                 print()
 
 
+def save_merged(checkpoint, cfg, folder):
+    """Write a checkpoint as a normal model folder: LoRA merged into the base's 16-bit weights, on the CPU."""
+    settings = arm_settings(checkpoint, cfg)
+    vars(settings["model"]).update(quantization="none", dtype="bfloat16", device="cpu")
+    with within_memory(f"merging {checkpoint}", cfg), written_whole(folder) as temporary:
+        policy = Policy(**settings)
+        policy.load(checkpoint, value_head=False)
+        policy.save_merged(temporary)
+
+
 class Pool:
     """The runs of one or several seeds, evaluated together: an arm's episodes are those of every run, joined."""
 
@@ -299,6 +321,9 @@ class Pool:
             table = {arm: [chosen(arm, paths, gflops, budget)] for arm, paths in arms.items()}
             self.runs.append({"cells": Cells(cfg, folder), "arms": arms, "table": table, "gflops": gflops})
         self.arms = [a for a in self.runs[0]["table"] if all(a in run["table"] for run in self.runs)]
+        for name in cfg.eval.save_merged:
+            if name not in self.arms:
+                raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.arms)}")
         self.curves = {}  # arm -> places of the checkpoints that its curve shows
         if cfg.eval.curve_n:
             self.curves = {a: spread(min(len(run["arms"][a]) for run in self.runs)) for a in ("sft", "rl")
@@ -371,6 +396,9 @@ def main(arguments):
     if e.transcripts:
         first = pool.runs[0]
         print_transcripts(first["cells"], {arm: first["table"][arm][0] for arm in pool.arms}, e)
+    for arm in e.save_merged:
+        save_merged(pool.runs[0]["table"][arm][0], cfg, out / arm / "merged")
+        print(f"written: {out / arm / 'merged'}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ Logged per update (metrics.jsonl): reward (mean per answer, paper's points), suc
 first_attempt (share of first attempts that are right), per_step (share of answers that are right), recognition (share of
 first attempts that report the right observation), answers (category shares), kl_old, kl_start (nats per answer),
 clip_fraction, entropy (nats per token), explained_variance, value_loss, ratio_gap (mean |ratio - 1| before the first
-step), grad_norm, tokens, gflops (paper's formulas, Init included), seconds, peak_memory_gib.
+step), sampler_gap (the same between what was sampled and the old log-probs, which 16 bits make anew), grad_norm, tokens,
+gflops (paper's formulas, Init included), seconds, peak_memory_gib.
 """
 import math
+import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import Run, UserError, load, run_main
+from config import Run, UserError, load, run_main, within_memory
 from rollout import Play, make_env, training_seeds
 from vlm import Policy, learning_rate, load_state, micro_batches, pack, peak_memory, save_state
 
@@ -178,6 +180,7 @@ def update(policy, optimizer, turns, advantages, returns, ppo, key, start, gener
              "weights": [token_weights(policy, t, key, ppo.prefix_weight) for t in turns]}
     if not policy.exact:  # in 16 bits, sampling and scoring differ: the ratio must start at 1 (paper's code does this too)
         batch["old"] = reference_logprobs(policy, packed, ppo.micro_tokens, ppo.temperature)
+    off = [(w * (old - t.logprobs)).sum().exp() - 1 for w, old, t in zip(batch["weights"], batch["old"], turns)]
     if ppo.kl_coef:
         batch["start"] = reference_logprobs(policy, packed, ppo.micro_tokens, ppo.temperature, start)
     total, norms, ratio_gap = Counter(), [], None
@@ -202,7 +205,8 @@ def update(policy, optimizer, turns, advantages, returns, ppo, key, start, gener
     return {"kl_old": total["kl_old"] / n, "kl_start": total["kl_start"] / n,
             "clip_fraction": total["clipped"] / total["entries"], "entropy": total["entropy"] / n,
             "explained_variance": float(1 - (returns - old_values).var(correction=0) / (returns.var(correction=0) + 1e-8)),
-            "value_loss": total["value_loss"] / n, "ratio_gap": ratio_gap, "grad_norm": sum(norms) / len(norms)}
+            "value_loss": total["value_loss"] / n, "ratio_gap": ratio_gap,
+            "sampler_gap": torch.stack(off).abs().mean().item(), "grad_norm": sum(norms) / len(norms)}
 
 
 def outcome(turns):
@@ -216,8 +220,13 @@ def outcome(turns):
 
 
 # ---------------------------------------------------------------- the run
+def seeded(device, *names):
+    """Random numbers that follow from the names alone: no state to save, which another device could not read."""
+    return torch.Generator(device).manual_seed(random.Random(str(names)).getrandbits(63))
+
+
 class Trainer:
-    """Everything a stopped run needs again: policy, optimiser, random streams, tables in mid-episode."""
+    """Everything a stopped run needs again: policy, optimiser, tables in mid-episode."""
 
     def __init__(self, cfg, envs, policy):
         ppo = cfg.ppo
@@ -225,21 +234,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([{"params": list(policy.trainable.values()), "lr": ppo.lr},
                                             {"params": list(policy.value_head.parameters()), "lr": ppo.value_lr}],
                                            eps=ppo.adam_eps, weight_decay=0.0)
-        self.sampler = torch.Generator(policy.device).manual_seed(cfg.run.seed)
-        self.shuffler = torch.Generator().manual_seed(cfg.run.seed)
 
     def save(self, folder):
         self.policy.save(folder)
-        save_state(folder, {"optimizer": self.optimizer.state_dict(), "sampler": self.sampler.get_state(),
-                            "shuffler": self.shuffler.get_state(), "tokens": self.policy.tokens,
+        save_state(folder, {"optimizer": self.optimizer.state_dict(), "tokens": self.policy.tokens,
                             "gflops": self.policy.flops() / 1e9, "play": self.play.state()})
 
     def restore(self, folder):
         state = load_state(folder)
         self.policy.load(folder)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.set_state(state["sampler"])
-        self.shuffler.set_state(state["shuffler"])
         self.policy.tokens = state["tokens"]
         self.play.restore(state["play"])
 
@@ -260,34 +264,41 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
-    policy = start_policy(cfg)
+    with within_memory("loading the model", cfg, "model.quantization=nf4"):
+        policy = start_policy(cfg)
     start = policy.snapshot() if ppo.kl_coef else None
     run = Run("rl", raw, overrides)
     trainer = Trainer(cfg, envs, policy)
     if run.last is not None:
         trainer.restore(run.last)
     bar = tqdm(range(run.step, ppo.updates), initial=run.step, total=ppo.updates, unit="update", disable=None)
-    for step in bar:
-        began, tokens = time.time(), sum(policy.tokens.values())
-        for group, peak in zip(trainer.optimizer.param_groups, (ppo.lr, ppo.value_lr)):
-            group["lr"] = learning_rate(step, ppo.updates, peak, ppo.schedule)
-        turns, advantages, returns = rollout(policy, trainer.play, ppo, trainer.sampler, bar)
-        bar.set_description("update")
-        stats = update(policy, trainer.optimizer, turns, advantages, returns, ppo, envs[0].answer_key, start,
-                       trainer.shuffler)
-        seconds = time.time() - began
-        record = {"step": step + 1, **outcome(turns), **stats, "tokens": dict(policy.tokens),
-                  "gflops": policy.flops() / 1e9, "seconds": seconds, "peak_memory_gib": peak_memory(policy.device)}
-        run.log("metrics", record)
-        for turn in turns[::max(1, len(turns) // 8)]:
-            run.log("transcripts", {"step": step + 1, "seed": turn.seed, "attempt": turn.info["attempt"],
-                                    "answer": turn.text, "reward": turn.reward, "verifier": turn.info["feedback"]})
-        rate = (sum(policy.tokens.values()) - tokens) / seconds
-        bar.set_postfix_str(f"reward {record['reward']:.2f} success {record['success'] or 0:.2f} first "
-                            f"{record['first_attempt'] or 0:.2f} KL {record['kl_start']:.3f} {rate:,.0f} tok/s")
-        if (step + 1) % ppo.save_every == 0 or step + 1 == ppo.updates:
-            with run.checkpoint(step + 1) as folder:
-                trainer.save(folder)
+    with run.stoppable("update"), bar:
+        for step in bar:
+            began, tokens = time.time(), sum(policy.tokens.values())
+            for group, peak in zip(trainer.optimizer.param_groups, (ppo.lr, ppo.value_lr)):
+                group["lr"] = learning_rate(step, ppo.updates, peak, ppo.schedule)
+            sampler = seeded(policy.device, "sample", cfg.run.seed, step)
+            with within_memory("sampling", cfg, "model.sample_tokens", "ppo.envs", "model.merge_for_sampling=false"):
+                turns, advantages, returns = rollout(policy, trainer.play, ppo, sampler, bar)
+            bar.set_description("update")
+            shuffler = seeded("cpu", "shuffle", cfg.run.seed, step)
+            with within_memory("training", cfg, "ppo.micro_tokens", "model.gradient_checkpointing=true"):
+                stats = update(policy, trainer.optimizer, turns, advantages, returns, ppo, envs[0].answer_key, start,
+                               shuffler)
+            seconds = time.time() - began
+            record = {"step": step + 1, **outcome(turns), **stats, "tokens": dict(policy.tokens),
+                      "gflops": policy.flops() / 1e9, "seconds": seconds, "peak_memory_gib": peak_memory(policy.device)}
+            run.log("metrics", record)
+            for turn in turns[::max(1, len(turns) // 8)]:
+                run.log("transcripts", {"step": step + 1, "seed": turn.seed, "attempt": turn.info["attempt"],
+                                        "answer": turn.text, "reward": turn.reward, "verifier": turn.info["feedback"]})
+            rate = (sum(policy.tokens.values()) - tokens) / seconds
+            bar.set_postfix_str(f"reward {record['reward']:.2f} success {record['success'] or 0:.2f} first "
+                                f"{record['first_attempt'] or 0:.2f} KL {record['kl_start']:.3f} {rate:,.0f} tok/s")
+            regular = (step + 1) % ppo.save_every == 0 or step + 1 == ppo.updates
+            if regular or run.stopping:
+                with run.checkpoint(step + 1, regular) as folder:
+                    trainer.save(folder)
     print(f"{run.dir}: {ppo.updates} updates, {policy.flops() / 1e9:,.0f} model GFLOPs")
 
 

@@ -16,7 +16,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from config import Run, UserError, load, run_main
+from config import Run, UserError, load, run_main, within_memory
 from rollout import make_env, training_seeds
 from vlm import Policy, learning_rate, load_state, micro_batches, peak_memory, save_state
 
@@ -55,7 +55,8 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     sft = cfg.sft
     env = make_env(cfg.env, sft.mistakes + 1)
-    policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, seed=cfg.run.seed)
+    with within_memory("loading the model", cfg, "model.quantization=nf4"):
+        policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, seed=cfg.run.seed)
     run = Run("sft", raw, overrides)
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=sft.lr, weight_decay=sft.weight_decay)
     if run.last is not None:
@@ -65,22 +66,25 @@ def main(arguments):
         policy.tokens = state["tokens"]
     seeds = itertools.islice(training_seeds(cfg.run.seed), run.step * sft.batch_size, None)
     bar = tqdm(range(run.step, sft.steps), initial=run.step, total=sft.steps, unit="step", desc="SFT", disable=None)
-    for step in bar:
-        began, before = time.time(), policy.tokens["train"]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, sft.steps, sft.lr, sft.schedule, round(sft.warmup * sft.steps))
-        batch = sft_batch(policy, env, list(itertools.islice(seeds, sft.batch_size)), sft.mistakes)
-        loss, norm = train_step(policy, optimizer, batch, sft)
-        seconds = time.time() - began
-        run.log("metrics", {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-                            "tokens": dict(policy.tokens), "gflops": policy.flops() / 1e9, "seconds": seconds,
-                            "peak_memory_gib": peak_memory(policy.device)})
-        bar.set_postfix_str(f"loss {loss:.3f} {(policy.tokens['train'] - before) / seconds:,.0f} tok/s")
-        if (step + 1) % sft.save_every == 0 or step + 1 in (sft.init_step, sft.steps):
-            with run.checkpoint(step + 1) as folder:
-                policy.save(folder)
-                save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
-                                    "gflops": policy.flops() / 1e9})
+    with run.stoppable("step"), bar:
+        for step in bar:
+            began, before = time.time(), policy.tokens["train"]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, sft.steps, sft.lr, sft.schedule, round(sft.warmup * sft.steps))
+            batch = sft_batch(policy, env, list(itertools.islice(seeds, sft.batch_size)), sft.mistakes)
+            with within_memory("training", cfg, "sft.micro_tokens", "model.gradient_checkpointing=true"):
+                loss, norm = train_step(policy, optimizer, batch, sft)
+            seconds = time.time() - began
+            run.log("metrics", {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+                                "tokens": dict(policy.tokens), "gflops": policy.flops() / 1e9, "seconds": seconds,
+                                "peak_memory_gib": peak_memory(policy.device)})
+            bar.set_postfix_str(f"loss {loss:.3f} {(policy.tokens['train'] - before) / seconds:,.0f} tok/s")
+            regular = (step + 1) % sft.save_every == 0 or step + 1 in (sft.init_step, sft.steps)
+            if regular or run.stopping:
+                with run.checkpoint(step + 1, regular) as folder:
+                    policy.save(folder)
+                    save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
+                                        "gflops": policy.flops() / 1e9})
     print(f"{run.dir}: {sft.steps} steps, {policy.flops() / 1e9:,.0f} model GFLOPs")
 
 

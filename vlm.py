@@ -23,6 +23,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from bitsandbytes.functional import dequantize_4bit  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -32,9 +33,10 @@ from backbone import adapt, load, one_line, positions, spellable  # noqa: E402
 from config import UserError  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else lengths that vary fragment a full card
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else lengths that vary fragment a full card
 
 LOGITS = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
+DATE = "26 Jul 2024"  # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 PATCHES = 2**14  # image patches that are encoded at once where no gradient needs them
 
 
@@ -175,7 +177,8 @@ class Policy:
     def _ids(self, conversations):
         """Token ids of lists of messages."""
         texts = [self.tokenizer.apply_chat_template([{**m, "content": self._plain(m["content"])} for m in messages],
-                                                    tokenize=False, add_generation_prompt=True) for messages in conversations]
+                                                    tokenize=False, add_generation_prompt=True, date_string=DATE)
+                 for messages in conversations]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _filled(self, messages):
@@ -270,21 +273,17 @@ class Policy:
 
     @contextmanager
     def fixed(self):
-        """For a rollout or an evaluation: inside, weights do not change, so each image is encoded once and, if asked
-        for, every LoRA layer is one matmul with W + s B A instead of a dequantisation and three. May be nested."""
+        """For a rollout or an evaluation: inside, weights do not change, so each image is encoded once and LoRA layers are
+        the `_merged` or `_light` of their weights. May be nested."""
         if self.in_rollout:
             yield
             return
-        layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)] if self.merge_for_sampling else []
+        layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)]
         try:
             self.in_rollout = True
             with torch.no_grad():
                 for layer in layers:
-                    base = layer.get_base_layer()
-                    state = getattr(base.weight, "quant_state", None)
-                    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
-                    layer.forward = partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype),
-                                            bias=base.bias)
+                    layer.forward = _merged(layer) if self.merge_for_sampling else _light(layer, self.base.dtype)
             yield
         finally:
             self.in_rollout = False
@@ -435,7 +434,7 @@ class Policy:
                 tuned = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.base.dtype)
                 weights = {n: p.data for n, p in tuned.named_parameters() if n in self.trainable}
             head = load_file(folder / "value_head.safetensors", device=str(self.device))
-        except Exception as error:  # safetensors raises its own type for a damaged file
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
@@ -448,6 +447,22 @@ class Policy:
                 self.value_head.load_state_dict(head)
             except RuntimeError:
                 raise UserError(f"checkpoint {folder} has another value head than ppo.value_hidden") from None
+
+
+def _merged(layer):
+    """Forward of a LoRA layer as one matmul with W + s B A, where a 4-bit layer has a dequantisation and three: faster, but
+    a dense copy of W."""
+    base = layer.get_base_layer()
+    state = getattr(base.weight, "quant_state", None)
+    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
+    return partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype), bias=base.bias)
+
+
+def _light(layer, dtype):
+    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype; peft's own computes A x and B in fp32."""
+    base, a = layer.get_base_layer(), layer.lora_A["default"].weight.to(dtype)
+    b = (layer.scaling["default"] * layer.lora_B["default"].weight).to(dtype)
+    return lambda x: base(x) + linear(linear(x, a), b)
 
 
 def learning_rate(step, steps, peak, schedule, warmup=0):

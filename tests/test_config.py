@@ -4,8 +4,10 @@ import copy
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -14,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import config
-from config import Run, UserError, arm_name, check, checkpoints, load
+from config import Run, UserError, arm_name, check, checkpoints, load, within_memory, written_whole
 
 
 PLAIN = yaml.safe_load(CONFIG.read_text())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
 
 
 def refusal(*arguments):
@@ -185,7 +188,8 @@ def test_folder_of_other_settings_is_refused_and_left_alone(open_run, tmp_path, 
         open_run(script, [change])
     assert contents(tmp_path) == before
     other = "sft" if script == "rl" else "ppo"  # what this arm does not use may change, and so may device and length
-    again = open_run(script, [f"{other}.lr=0.7", "model.device=auto", f"{'ppo' if script == 'rl' else 'sft'}.save_every=3"])
+    again = open_run(script, [f"{other}.lr=0.7", "model.device=auto", f"{'ppo' if script == 'rl' else 'sft'}.save_every=3",
+                              "model.sample_tokens=64"])
     assert again.step == 1
 
 
@@ -260,6 +264,106 @@ def test_checkpoints_are_in_the_order_of_numbers(open_run, tmp_path):
         (tmp_path / "sft" / name).mkdir(parents=True)
     assert [n for n, _ in checkpoints(tmp_path / "sft")] == [9, 10, 100]
     assert open_run("sft").step == 100
+
+
+def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "model"
+    for text in ("old", "new"):
+        with written_whole(final) as folder:
+            (folder / text).write_text(text)
+        assert [p.name for p in final.iterdir()] == [text]
+    with pytest.raises(OSError):
+        with written_whole(final) as folder:
+            (folder / "half").write_text("half")
+            raise OSError("disk full")
+    assert [p.name for p in final.iterdir()] == ["new"]
+    with written_whole(final):  # what is left of that does not get in
+        pass
+    assert list(final.iterdir()) == [] and list(tmp_path.iterdir()) == [final]
+
+
+# ---------------------------------------------------------------- Ctrl-C
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def save(run, step, regular):
+    with run.checkpoint(step, regular) as folder:
+        (folder / "weights").write_text(str(step))
+
+
+def test_first_ctrl_c_finishes_and_saves_and_the_second_does_not(open_run, capfd):
+    run = open_run("rl")
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 3; .*again to continue"):
+        with run.stoppable("update"):
+            save(run, 2, True)
+            ctrl_c()
+            save(run, 3, False)
+    assert capfd.readouterr().err == "finishing this update, then saving; Ctrl-C again stops at once\n"
+    again = open_run("rl")
+    assert (again.step, again.last.name) == (3, "stopped_3") and [n for n, _ in checkpoints(run.dir)] == [2]
+    with pytest.raises(KeyboardInterrupt) as stop:
+        with again.stoppable("update"):
+            ctrl_c()
+            ctrl_c()
+            save(again, 4, True)
+    assert str(stop.value) == "" and open_run("rl").last.name == "stopped_3"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_what_ctrl_c_left_goes_with_the_next_checkpoint(open_run, regular):
+    run = open_run("sft")
+    save(run, 10, False)
+    save(run, 11, regular)
+    assert sorted(p.name for p in run.dir.iterdir()) == ["config.yaml", "step_11" if regular else "stopped_11"]
+
+
+def test_loop_runs_where_ctrl_c_is_not_ours(open_run):
+    """In a thread, where Python allows no handler, and in the background, where Ctrl-C is ignored."""
+    run, met = open_run("sft"), []
+
+    def loop():
+        with run.stoppable("step"):
+            met.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    thread.join()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert met == [before, signal.SIG_IGN]
+
+
+# ---------------------------------------------------------------- out of memory
+class OutOfMemoryError(RuntimeError):
+    """torch's, by its name."""
+
+
+@pytest.mark.parametrize("error", [
+    OutOfMemoryError("Tried to allocate 2.00 GiB.\nGPU 0 has"), MemoryError(), RuntimeError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8")], ids=repr)
+def test_out_of_memory_names_what_to_change(error):
+    cfg, *_ = load([str(CONFIG), "ppo.envs=1", "model.sample_tokens=512"])
+    keys = ("model.sample_tokens", "ppo.envs", "model.quantization=nf4", "model.merge_for_sampling=false")
+    with pytest.raises(UserError) as met, within_memory("sampling", cfg, *keys):
+        raise error
+    assert str(met.value).startswith("out of memory while sampling: lower model.sample_tokens (512) or set "
+                                     "model.merge_for_sampling=false; `python plan.py CONFIG` shows")  # the others are there
+    assert "\n" not in str(met.value) and "last checkpoint is intact" in str(met.value)
+    with pytest.raises(UserError, match="larger machine"), within_memory("loading", cfg, "model.quantization=nf4"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError("out of memory"), UserError("no")], ids=repr)
+def test_other_errors_pass_unchanged(error):
+    with pytest.raises(type(error)) as met, within_memory("sampling", None):
+        raise error
+    assert met.value is error
 
 
 # ---------------------------------------------------------------- scripts as a user runs them

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import random
+import shutil
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
+from config import UserError
 from rollout import Play, counts, evaluate, make_env, play_reference
 
 
@@ -70,10 +72,14 @@ class Walker:
 
     device = "cpu"
 
-    def __init__(self, *_):
-        self.skill = "rl"
+    def __init__(self, model=None, lora=None, seed=0):
+        self.model, self.skill = model, "rl"
+
+    def save_merged(self, folder):
+        (folder / "weights").write_text(f"{self.loaded} {self.model.quantization} {self.model.dtype} {self.model.device}")
 
     def load(self, checkpoint, value_head):
+        self.loaded = checkpoint
         self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
 
     def fixed(self):
@@ -290,6 +296,40 @@ def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
         assert b["n"] == 2 * a["n"]
         for name, values in a["metrics"].items():
             assert b["metrics"][name][0] == pytest.approx(values[0], abs=1e-3)
+
+
+def test_merged_arms_are_those_of_the_table(main, tmp_path, capsys):
+    """In 16 bits on the CPU, whatever the arm ran with; of pooled runs, the first's; in place of what was merged before."""
+    run, folder = main
+    shutil.copytree(folder, tmp_path / "other")
+    for old in ("weights", "shard"):
+        (tmp_path / "pool/rl/merged").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pool/rl/merged" / old).write_text("old")
+    run("eval.save_merged=[rl, Init]", f"eval.runs=[{tmp_path / 'other'}, {folder}]", f"run.dir={tmp_path / 'pool'}")
+    printed = capsys.readouterr().out
+    for arm, checkpoint in (("rl", "rl/step_4"), ("Init", "sft/step_1")):
+        (written,) = (tmp_path / "pool" / arm / "merged").iterdir()
+        assert written.read_text() == f"{tmp_path / 'other' / checkpoint} none bfloat16 cpu"
+        assert f"written: {written.parent}\n" in printed
+    assert [p.name for p in (tmp_path / "pool" / "rl").iterdir()] == ["merged"]
+
+
+def test_unknown_arm_to_merge_is_named_before_anything_is_played(main):
+    run, folder = main
+    with pytest.raises(UserError, match="eval.save_merged: 'dpo' is none of Init, sft, rl"):
+        run("eval.save_merged=[rl, dpo]")
+    assert not (folder / "evaluations.jsonl").exists()
+
+
+def test_arm_keeps_its_own_model_but_for_what_follows_the_machine(cfg, tmp_path):
+    """Also one that was trained before some keys existed."""
+    own = {**vars(cfg.model), "path": "its/own", "sample_tokens": 7, "device": "cuda", "image_cache": 99.0}
+    for key in ("random_init", "gradient_checkpointing", "memory"):
+        del own[key]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": own, "lora": {"r": 9}, "run": {"seed": 3}}))
+    found = evaluation.arm_settings(tmp_path / "step_1", cfg)
+    assert vars(found["model"]) == {**vars(cfg.model), "path": "its/own", "sample_tokens": 7}
+    assert vars(found["lora"]) == {"r": 9} and found["seed"] == 3
 
 
 def test_what_never_occurs_is_a_dash(main, toy, capsys):
