@@ -160,8 +160,7 @@ class Policy:
         if self.checkpointing:
             self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.in_rollout = False
-        sees = any(not re.search(language, name) for name in self.trainable)
-        self.frozen_eyes = not sees  # an image then has the same features for good
+        self.frozen_eyes = all(re.search(language, name) for name in self.trainable)  # an image's features are the same for good
         self.features, self.image_cache = {}, int(model.image_cache * 2**30)  # by id(image), in bytes
         self.net.eval()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Params4bit
 from conftest import PICTURES, ROOT, play
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -122,6 +123,12 @@ def test_ratio_is_one_before_the_first_step(make, turns):
     for place, answer in enumerate(answers):
         assert abs((out["logprobs"][out["turn"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
         assert policy.eyes.token not in answer.ids
+
+
+def test_the_language_model_alone_is_quantised(make):
+    for name, parameter in make().base.named_parameters():
+        if name.endswith(("proj.weight", "base_layer.weight", "qkv.weight")) or ".linear_fc" in name:
+            assert isinstance(parameter, Params4bit) == ("language_model.layers" in name), name
 
 
 def test_image_tokens_are_as_many_as_the_image_takes(policy, turns):
