@@ -76,7 +76,7 @@ class CrossAttention:
 
 class Inline:
     """Qwen2.5-VL and Qwen3-VL: the patches of an image stand among the text tokens, at positions in three dimensions."""
-    parts = {"language": "model.language_model|lm_head", "projector": r"model.visual\.(?:merger|deepstack)",
+    parts = {"language": "model.language_model|lm_head", "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
 
     def __init__(self, base, image_processor):
