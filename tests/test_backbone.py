@@ -2,7 +2,7 @@
 and, marked slow, the full shape on this CPU."""
 import copy
 import json
-import time
+from collections import Counter
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from PIL import Image
 from transformers import AutoConfig
 
 import backbone
+import plan
 import rl
 import sft
 import vlm
 from config import UserError, load
 from rl import sequences_of
+from rollout import make_env
 from vlm import Sequence
 
 SHIPPED = ROOT / "configs/11b"
@@ -64,6 +66,13 @@ def turns(policy, settings):
     return play(policy, settings.env, 1.0, turns=7)
 
 
+def bytes_of(parameter):
+    """Of its storage; a 4-bit one's scales included."""
+    state = getattr(parameter, "quant_state", None)
+    scales = [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return sum(t.untyped_storage().nbytes() for t in [parameter, *scales])
+
+
 # ---------------------------------------------------------------- the shape of the Instruct model
 def test_the_11b_shape_is_exact():
     """The published weights are 21,340,441,670 bytes in 16 bits; 1601 patches per tile of 560 pixels, llama3 rotary angles."""
@@ -102,7 +111,6 @@ def test_random_conversations_have_the_real_lengths_and_pack(policy, turns):
 
 
 def test_random_sft_answers_have_the_real_length(policy, settings):
-    from rollout import make_env
     batch = sft.sft_batch(policy, make_env(settings.env, 1), range(4), 0)
     assert [(s.spans, len(s.ids)) for s in batch] == [([(40, 49)], 49)] * 4
 
@@ -230,3 +238,33 @@ def test_damaged_local_model_is_named(tmp_path):
     cfg = load([str(PICTURES), f"model.path={tmp_path}"])[0]
     with pytest.raises(UserError, match="model.path: cannot load"):
         vlm.Policy(cfg.model, cfg.lora)
+
+
+# ---------------------------------------------------------------- the full shape
+@pytest.mark.slow
+def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
+    """10.67 billion random weights within 24 GiB: a picture is looked at, an answer sampled and scored, LoRA learns. The
+    tensors are as large as plan.py says. Ten minutes on two cores."""
+    cfg = load([str(SHIPPED / "gp_vl.yaml"), "model.random_init=true", "model.device=cpu", "model.prompt_tokens=40",
+                "model.answer_tokens=3"])[0]
+    policy = vlm.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
+    assert 2 * policy.parameters == 21_340_441_670
+    planned, held = plan.budget(cfg)["weights"], Counter()
+    for name, parameter in policy.base.named_parameters():
+        part = next((p for p in ("vision", "multi_modal_projector", "embed_tokens", "lm_head") if p in name), "language")
+        held["LoRA" if "lora" in name else part] += bytes_of(parameter)
+    for part, of_plan in (("vision", "vision, bfloat16"), ("multi_modal_projector", "projector, bfloat16"),
+                          ("embed_tokens", "embeddings, bfloat16"), ("lm_head", "lm_head, bfloat16"),
+                          ("language", "language, nf4")):
+        assert held[part] == pytest.approx(planned[of_plan], rel=0.05), part
+    (prompt,) = policy.encode([make_env(cfg.env, 1).reset(0)[0]])
+    (answer,) = policy.sample([prompt], 1.0, torch.Generator().manual_seed(0))
+    out = policy.score([prompt.answered(answer.ids)])
+    torch.testing.assert_close(out["logprobs"].detach(), answer.logprobs, rtol=0, atol=0.3)  # two ways in 16 bits
+    optimizer = torch.optim.AdamW([*policy.trainable.values(), *policy.value_head.parameters()], lr=1e-4)
+    (out["logprobs"].sum() + out["values"].sum()).backward()
+    learns = {n: p for n, p in policy.trainable.items() if "lora_B" in n}  # A's gradient is 0 while B is
+    assert len(learns) == 40 * 7 and all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in learns.values())
+    optimizer.step()
+    assert all(p.abs().max() > 0 for p in learns.values())
+    assert vlm.peak_memory(policy.device) < 24

@@ -403,7 +403,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
 PROGRAM = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 MAY_IMPORT = {"config": set(), "cards": set(), "gp": {"cards"}, "streets": set(), "routes": {"streets"},
               "virl": {"routes", "streets"}, "backbone": {"config"}, "vlm": {"backbone", "config"},
-              "rollout": {"gp", "virl", "config", "vlm"}, "plan": {"backbone", "config", "rollout"}}
+              "rollout": {"gp", "virl", "config", "vlm"}, "plan": {"backbone", "config", "rollout", "vlm"}}
 LEAF = {"config", "rollout", "vlm"}  # sft, rl and eval know no environment and not each other
 FILES = pytest.mark.parametrize("name", sorted(PROGRAM))
 
