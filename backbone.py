@@ -5,7 +5,7 @@ Families differ in how the text sees an image. A family is a class with
     parts                    {part: pattern of its parameters' names}, for model.tune and model.keep_unquantized
     reader                   the module that reads text (and sees) and returns hidden states
     expand(ids, image)       prompt ids with as many image tokens as the image takes
-    patches(image)           how many patches the tower looks at
+    patches(image)           how many patches the features have; tower_patches(image): that the tower works on
     encode(images)           per image a tuple of tensors: its features; looked_at(features): of how many patches
     prefill(ids, mask, f)    how whole prompts (B, T) with features f are read: keyword arguments of the reader, those of each
                              further token (tensors with a row per prompt), and the offset (B, 1) of its position
@@ -44,6 +44,9 @@ class CrossAttention:
     def patches(self, image):
         return self._pixels([image])["aspect_ratio_mask"].sum().item() * self.model.vision_model.num_patches
 
+    def tower_patches(self, image):
+        return self.model.vision_model.max_num_tiles * self.model.vision_model.num_patches  # unused tiles as well
+
     def _pixels(self, images):
         return self.image_processor([[image] for image in images], return_tensors="pt")
 
@@ -54,7 +57,7 @@ class CrossAttention:
                                       aspect_ratio_ids=pixels["aspect_ratio_ids"],
                                       aspect_ratio_mask=pixels["aspect_ratio_mask"])
         states = self.model.multi_modal_projector(out.last_hidden_state).squeeze(1)  # (B, tiles, patches, C)
-        return [(s[:n],) for s, n in zip(states, pixels["aspect_ratio_mask"].sum((1, 2)).tolist())]
+        return [(s[:n].clone(),) for s, n in zip(states, pixels["aspect_ratio_mask"].sum((1, 2)).tolist())]
 
     def looked_at(self, features):
         return features[0].shape[0] * features[0].shape[1]
@@ -62,7 +65,7 @@ class CrossAttention:
     def prefill(self, ids, mask, features):
         tiles = torch.tensor([len(states) for states, in features], device=ids.device)
         most = int(tiles.max())
-        states = torch.stack([pad(s, (0, 0, 0, 0, 0, most - len(s))) for s, in features])  # (B, most, patches, C)
+        states = torch.stack([s if len(s) == most else pad(s, (0, 0, 0, 0, 0, most - len(s))) for s, in features])
         unused = (torch.arange(most, device=ids.device) >= tiles[:, None]).repeat_interleave(states.shape[2], 1)
         bias = torch.zeros(unused.shape, dtype=self.dtype, device=ids.device)  # (B, most * patches)
         bias = bias.masked_fill(unused, torch.finfo(self.dtype).min)[:, None, None]
@@ -91,6 +94,8 @@ class Inline:
 
     def patches(self, image):
         return self.image_processor.get_number_of_image_patches(image.height, image.width, {})
+
+    tower_patches = patches
 
     def encode(self, images):
         """Returns: per image (embeddings (tokens, C), grid (3,) of patches, embeddings for deeper layers (tokens, C) ..)."""

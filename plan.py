@@ -96,18 +96,14 @@ def picture(eyes, env, verify_iters):
     image = make_env(env, verify_iters).reset(0)[0]["image"]
     if image is None:
         return Namespace(patches=0, tower=0, tokens=0)
-    patches, tiles = eyes.patches(image), getattr(eyes.model.config.vision_config, "max_num_tiles", None)
-    tower = tiles * -(-eyes.model.vision_model.num_patches // 8) * 8 if tiles else patches  # unused tiles are seen as well
-    return Namespace(patches=patches, tower=tower, tokens=len(eyes.expand([eyes.token], image)) - 1)
+    return Namespace(patches=eyes.patches(image), tower=eyes.tower_patches(image),
+                     tokens=len(eyes.expand([eyes.token], image)) - 1)
 
 
 # ---------------------------------------------------------------- moments: {moment: {what: bytes}}
-def reading(m, tokens, patches, light):
-    """Bytes of the largest layer, beside its cache, when `tokens` are read without a gradient and look at `patches`.
-
-    light: LoRA is computed beside the base (vlm._light), which makes three results of one.
-    """
-    mlp = m.b * m.I * (4 if light and "up_proj" in m.own else 3)
+def reading(m, tokens, patches):
+    """Bytes of the largest layer, beside its cache, when `tokens` are read without a gradient and look at `patches`."""
+    mlp = m.b * m.I * 3
     across = max(2 * m.b * m.Q, (8 + m.b) * m.K)  # keys and values repeated for all heads; before that their norm in fp32
     return tokens * 4 * m.b * m.C + max(tokens * max(mlp, 6 * m.b * m.Q), patches * across + tokens * m.b * m.C)
 
@@ -137,15 +133,15 @@ def dequantised(m):
 
 def seeing(m, image, rows, always):
     """New pictures of a batch: vlm.PATCHES at once go through the tower, which keeps every layer's states; then all."""
-    v, several, one = m.vision, min(rows, max(1, PATCHES // image.patches)), m.C * m.b
+    v, several, one = m.vision, min(rows, max(1, PATCHES // image.tower)), m.C * m.b
     layers = getattr(v, "num_hidden_layers", 0) + getattr(v, "num_global_layers", 0)
     tokens, taken = several * image.tower, len(getattr(v, "intermediate_layers_indices", ()))
     last = max((2 * taken + 2) * v.hidden_size * m.b, 3 * v.hidden_size * m.b + m.tower_mlp)
     return {f"encoding {several} of {rows} pictures": {
         **always, "hidden states of the vision tower": tokens * (v.hidden_size * m.b * layers + last),
         "attention mask of the vision tower": tokens * image.tower * m.b, "pixels": tokens * 3 * v.patch_size**2 * (m.b + 4),
-        "features of other pictures": (rows - several) * image.tower * one},
-        f"gathering {rows} pictures": {**always, "image features, copies": rows * (image.tower + 2 * image.patches) * one}}
+        "features of other pictures": (rows - several) * image.patches * one},
+        f"gathering {rows} pictures": {**always, "image features, twice": rows * 2 * image.patches * one}}
 
 
 def sampling(m, image, rows, width, answer, merged):
@@ -158,7 +154,7 @@ def sampling(m, image, rows, width, answer, merged):
     return {f"reading {rows} prompts of {width} tokens": {
         **caches, "KV cache": layer * width * m.selfs, "image features": patches * m.C * m.b,
         "attention mask": rows * width**2 * (1 + m.b), "a weight out of 4 bits": dequantised(m),
-        "one layer's activations": reading(m, rows * width, patches, m.lora and not merged)},
+        "one layer's activations": reading(m, rows * width, patches)},
         f"sampling {rows} answers of {answer} tokens": {
         **caches, "KV cache": cached * m.selfs,
         "logits, or one layer's new cache and weight": max((24 + m.b) * rows * m.V, cached // 2 + dequantised(m))},
@@ -225,11 +221,12 @@ def budget(cfg):
     weights = {"weights": sum(m.weights.values()), "LoRA, fp32": total * m.lora}
     trained = {**weights, "gradients": used, "AdamW's moments": 2 * used}
     rl = {**trained, "start of the KL penalty": total * bool(ppo.kl_coef), "value head, trained": 4 * m.head}
+    playing = {what: n for what, n in rl.items() if what != "gradients"}
     step = {"optimiser step": {"square roots of AdamW": used}}
     return {"weights": m.weights, "host memory": {"image cache": int(model.image_cache * GIB) * bool(train.patches)},
             "sft.py": {"all the time": {**trained, "value head": m.head}, **step,
                        **update(sft, sft.batch_size, sft.mistakes + 1)},
-            "rl.py rollout": {"all the time": rl, **rollout(train, ppo.envs, ppo.verify_iters)},
+            "rl.py rollout": {"all the time": playing, **rollout(train, ppo.envs, ppo.verify_iters)},
             "rl.py update": {"all the time": rl, **update(ppo, ppo.envs * ppo.turns, ppo.verify_iters), **step},
             "eval.py": {"all the time": weights, **rollout(test, cfg.eval.batch_size, cfg.eval.verify_iters)}}
 

@@ -285,6 +285,7 @@ def main(arguments):
             with within_memory("training", cfg, "ppo.micro_tokens", "model.gradient_checkpointing=true"):
                 stats = update(policy, trainer.optimizer, turns, advantages, returns, ppo, envs[0].answer_key, start,
                                shuffler)
+            trainer.optimizer.zero_grad()  # rollouts have a use for the memory
             seconds = time.time() - began
             record = {"step": step + 1, **outcome(turns), **stats, "tokens": dict(policy.tokens),
                       "gflops": policy.flops() / 1e9, "seconds": seconds, "peak_memory_gib": peak_memory(policy.device)}

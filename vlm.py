@@ -322,7 +322,7 @@ class Policy:
         found = {id(image): self.features[id(image)][1] for image in images if id(image) in self.features}
         new = list({id(image): image for image in images if id(image) not in found}.values())
         while new:
-            several = max(1, PATCHES // self.eyes.patches(new[0]))
+            several = max(1, PATCHES // self.eyes.tower_patches(new[0]))
             for image, features in zip(new, self._encode(new[:several])):
                 found[id(image)] = features
                 self.features[id(image)] = image, [f.cpu() for f in features]  # the image too, so that its id stays its own
@@ -458,10 +458,16 @@ def _merged(layer):
 
 
 def _light(layer, dtype):
-    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype; peft's own computes A x and B in fp32."""
+    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result; peft's own computes A x
+    and B in fp32 beside it."""
     base, a = layer.get_base_layer(), layer.lora_A["default"].weight.to(dtype)
     b = (layer.scaling["default"] * layer.lora_B["default"].weight).to(dtype)
-    return lambda x: base(x) + linear(linear(x, a), b)
+
+    def forward(x):
+        out = base(x)
+        out.view(-1, len(b)).addmm_(linear(x, a).view(-1, len(a)), b.T)
+        return out
+    return forward
 
 
 def learning_rate(step, steps, peak, schedule, warmup=0):

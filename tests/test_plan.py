@@ -271,9 +271,9 @@ def test_caches_of_the_11b():
 
 
 def test_updates_of_the_11b():
-    moments = large("gp_vl")["rl.py update"]  # two tiles; conversations of one answer: 250 + 160 tokens
-    lines = moment(moments, "backward through 4 conversations of 410")
-    assert lines["input of every layer"] == 40 * 4 * 410 * 4096 * 2 and lines["image features"] == 4 * 3202 * 8192
+    moments = large("gp_vl")["rl.py update"]  # two tiles; conversations of three answers: 250 + 2 * 120 + 160 tokens
+    lines = moment(moments, "backward through 3 conversations of 650")
+    assert lines["input of every layer"] == 40 * 3 * 650 * 4096 * 2 and lines["image features"] == 3 * 3202 * 8192
     assert moment(moments, "scoring")["logits, copies"] == (2**25 // 128256) * 128256 * 22
     text = moment(large("gp_l")["sft.py"], "backward through 9 conversations of 410")
     assert text["input of every layer"] == 32 * 9 * 410 * 8192
