@@ -141,6 +141,8 @@ def load(model, device):
         shape = find_model(model.shape if model.random_init else model.path)
         config = AutoConfig.from_pretrained(shape)
         tokenizer = AutoTokenizer.from_pretrained(find_model(model.tokenizer) if model.random_init else shape)
+        if tokenizer.chat_template is None:
+            raise UserError(f"model.path: the tokenizer of {model.path!r} has no chat template; name an Instruct model")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         image_processor = AutoImageProcessor.from_pretrained(shape, backend="pil")  # the same pixels everywhere

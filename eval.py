@@ -13,6 +13,7 @@ Written to run.dir: evaluations.jsonl (every cell, reused when run again), evalu
 evaluation.png and for the arms in eval.save_merged ARM/merged, a model folder for any program (of several seeds the
 first's). Source: paper Sec. 5, C.3, with this project's protocol (README).
 """
+import gc
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -151,6 +152,7 @@ class Cells:
         with within_memory("loading the model", self.cfg):
             if self.shape != shape:
                 self.policy = None  # before the next one needs its memory
+                gc.collect()  # a 4-bit weight and its layer refer to each other
                 self.policy = Policy(**shape)
                 self.shape, self.loaded = shape, None
             if self.loaded != checkpoint:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+# lengths that vary would fragment a full card; read once, when the import of bitsandbytes starts CUDA
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 for _library in ("transformers", "bitsandbytes"):  # their chatter, from the import on, hides our own lines
     logging.getLogger(_library).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -33,7 +35,6 @@ from backbone import adapt, load, one_line, positions, spellable  # noqa: E402
 from config import UserError  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else lengths that vary fragment a full card
 
 LOGITS = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
 DATE = "26 Jul 2024"  # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
@@ -150,6 +151,9 @@ class Policy:
         self.tokens = {"train": 0, "inference": 0, "train_patches": 0, "inference_patches": 0}
         self.never = torch.arange(self.base.lm_head.out_features, device=self.device) >= len(self.tokenizer)  # (V,), sampled
         self.never[self.eyes.token:self.eyes.token + 1] = True  # (Llama's output layer has no such row)
+        ends = base.generation_config.eos_token_id  # one, several or None
+        ends = [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] * (ends is not None))]
+        self.ends = torch.tensor(ends, device=self.device)
         self.lengths = None
         if model.random_init:  # what random weights say has the real lengths and reads back as it was sampled
             self.lengths, self.max_new_tokens = model, model.answer_tokens
@@ -254,7 +258,7 @@ class Policy:
             for row, t, lp in zip(rows.tolist(), token.tolist(), logprobs.tolist()):
                 answers[row].ids.append(t)
                 answers[row].logprobs.append(lp)
-            live = token != self.tokenizer.eos_token_id
+            live = ~torch.isin(token, self.ends)
             if length == limit or not live.any():
                 break
             if not live.all():  # finished rows stop costing
@@ -465,7 +469,7 @@ def _light(layer, dtype):
 
     def forward(x):
         out = base(x)
-        out.view(-1, len(b)).addmm_(linear(x, a).view(-1, len(a)), b.T)
+        out.view(-1, len(b)).addmm_(linear(x, a).reshape(-1, len(a)), b.T)
         return out
     return forward
 

@@ -149,6 +149,18 @@ def test_answers_end_with_the_end_token_or_at_the_limit(policy, prompts):
         assert end not in answer.ids and len(answer.ids) == len(answer.logprobs) == 5
 
 
+def test_any_end_token_of_the_model_ends_an_answer(make_policy, prompts):
+    """Llama names three in its generation_config; the tokenizer's is one of them."""
+    policy = make_policy()
+    assert policy.ends.tolist() == [policy.tokenizer.eos_token_id] * 2  # both name the same
+    usual = greedy(policy, prompts[:4])
+    other = usual[0].ids[2]
+    policy.ends = torch.tensor([*policy.ends, other])
+    for answer, before in zip(greedy(policy, prompts[:4]), usual):
+        stop = next(i for i, token in enumerate(before.ids) if token in policy.ends)
+        assert answer.ids == before.ids[:stop + 1] and len(answer.logprobs) == stop + 1
+
+
 def test_rows_of_the_output_layer_without_a_token_are_never_sampled(policy, prompts):
     assert policy.base.lm_head.out_features > len(policy.tokenizer)  # the mini's is padded to a multiple of 32
     ids = [i for a in policy.sample(prompts, 10, torch.Generator().manual_seed(0)) for i in a.ids]
