@@ -7,8 +7,8 @@ Families differ in how the text sees an image. A family is a class with
     expand(ids, image)       prompt ids with as many image tokens as the image takes
     patches(image)           how many patches the features have; tower_patches(image): that the tower works on
     encode(images)           per image a tuple of tensors: its features; looked_at(features): of how many patches
-    prefill(ids, mask, f)    how whole prompts (B, T) with features f are read: keyword arguments of the reader, those of each
-                             further token (tensors with a row per prompt), and the offset (B, 1) of its position
+    prefill(ids, mask, f)    how whole prompts (B, T) with features f are read: keyword arguments of the reader, those of
+                             each further token (tensors with a row per prompt), and the offset (B, 1) of its position
 
 Another model that works like one of them needs a line in FAMILIES.
 """
@@ -181,7 +181,8 @@ def one_line(error):
 def family(config):
     """The class of FAMILIES for a model's configuration. Raises: UserError."""
     if config.model_type not in FAMILIES:
-        raise UserError(f"model.path: {config.model_type} is none of the known families, {', '.join(FAMILIES)} (backbone.py)")
+        raise UserError(f"model.path: {config.model_type} is none of the known families, {', '.join(FAMILIES)} "
+                        "(backbone.py)")
     return FAMILIES[config.model_type]
 
 

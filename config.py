@@ -246,7 +246,8 @@ def within_memory(doing, cfg, *keys):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError, that of its CPU allocator has no other name
-        if not re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED", f"{type(error).__name__} {error}"):
+        what = f"{type(error).__name__} {error}"
+        if not re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED", what):
             raise
         ways = []
         for key, _, wanted in (key.partition("=") for key in keys):

@@ -149,24 +149,29 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32  # 16-bit sampling and scoring differ: see rl.py
         self.tokens = {"train": 0, "inference": 0, "train_patches": 0, "inference_patches": 0}
-        self.never = torch.arange(self.base.lm_head.out_features, device=self.device) >= len(self.tokenizer)  # (V,), sampled
-        self.never[self.eyes.token:self.eyes.token + 1] = True  # (Llama's output layer has no such row)
-        ends = base.generation_config.eos_token_id  # one, several or None
-        ends = [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] * (ends is not None))]
-        self.ends = torch.tensor(ends, device=self.device)
-        self.lengths = None
-        if model.random_init:  # what random weights say has the real lengths and reads back as it was sampled
-            self.lengths, self.max_new_tokens = model, model.answer_tokens
-            says = spellable(self.tokenizer)
-            self.filler = says[0]
-            self.never = torch.ones_like(self.never).index_fill(0, torch.tensor(says, device=self.device), False)
+        self._choose_tokens(model)
         self.checkpointing = model.gradient_checkpointing
         if self.checkpointing:
             self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.in_rollout = False
-        self.frozen_eyes = all(re.search(language, name) for name in self.trainable)  # an image's features are the same for good
+        self.frozen_eyes = all(re.search(language, name) for name in self.trainable)  # features then stay
         self.features, self.image_cache = {}, int(model.image_cache * 2**30)  # by id(image), in bytes
         self.net.eval()
+
+    def _choose_tokens(self, model):
+        """Which tokens are `never` sampled, (V,) bool, and which end an answer; with random weights, those whose text reads
+        back as it was sampled and the `lengths` to which prompts and answers are brought."""
+        self.never = torch.arange(self.base.lm_head.out_features, device=self.device) >= len(self.tokenizer)
+        self.never[self.eyes.token:self.eyes.token + 1] = True  # (Llama's output layer has no such row)
+        ends = self.base.generation_config.eos_token_id  # one, several or None
+        ends = [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends] * (ends is not None))]
+        self.ends = torch.tensor(ends, device=self.device)
+        self.lengths = None
+        if model.random_init:
+            self.lengths, self.max_new_tokens = model, model.answer_tokens
+            says = spellable(self.tokenizer)
+            self.filler = says[0]
+            self.never = torch.ones_like(self.never).index_fill(0, torch.tensor(says, device=self.device), False)
 
     # ------------------------------------------------------------ observations in, ids out
     def encode(self, observations):
@@ -208,7 +213,7 @@ class Policy:
         return content
 
     def encode_answers(self, texts):
-        """Answer ids with the end-of-turn token, as the model should write them (with random weights, as many as in YAML)."""
+        """Answer ids with the end-of-turn token, as the model should write them; random weights: as many as in YAML."""
         if self.lengths is not None:
             return [[self.filler] * self.lengths.answer_tokens for _ in texts]
         return [ids + [self.tokenizer.eos_token_id] for ids in
@@ -359,18 +364,18 @@ class Policy:
                 turns += [len(starts)] * (end - start)
                 starts.append((row, start - 1))
         ids, mask = ids.to(self.device), mask.to(self.device)  # (B, T)
-        whole, _, _ = self._look(ids, mask, [s.image for s in sequences])
         learning = torch.is_grad_enabled()
         self.net.train(learning and self.checkpointing)  # layers are checkpointed in this mode alone; nothing else differs
         try:
+            whole, _, _ = self._look(ids, mask, [s.image for s in sequences])
             hidden = self.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state  # (B, T, C)
         finally:
             self.net.eval()
         rows, columns, turns = (torch.tensor(x, device=self.device) for x in (rows, columns, turns))
         several = max(1, LOGITS // len(self.never))
         judge = partial(checkpoint, self._judge, use_reentrant=False) if learning and self.checkpointing else self._judge
-        judged = [judge(h, i, temperature) for h, i in zip(hidden[rows, columns - 1].split(several),  # answer positions alone
-                                                           ids[rows, columns].split(several))]
+        judged = [judge(h, i, temperature) for h, i in  # answer positions alone
+                  zip(hidden[rows, columns - 1].split(several), ids[rows, columns].split(several))]
         logprobs, entropy = map(torch.cat, zip(*judged))  # (A,) each
         states = hidden[tuple(torch.tensor(starts, device=self.device).T)]  # (S, C)
         self.tokens["train" if learning else "inference"] += int(mask.sum())
