@@ -135,7 +135,8 @@ def load(model, device):
 
     Raises: UserError for a model that is missing, gated, damaged or of an unknown family.
     """
-    if not model.random_init and not os.path.isdir(find_model(model.path)) and (ROOT / model.path).parent.is_dir():
+    local = model.path.startswith(("/", ".", "~")) or (ROOT / model.path).parent.is_dir()
+    if not model.random_init and local and not os.path.isdir(find_model(model.path)):
         raise UserError(f"model.path: no folder {model.path!r}; give a local folder or a hub name like organisation/model")
     try:
         shape = find_model(model.shape if model.random_init else model.path)

@@ -233,6 +233,13 @@ def test_missing_or_gated_model_is_one_line_that_says_what_to_do(monkeypatch, er
         assert word in line
 
 
+@pytest.mark.parametrize("path", ["/nowhere/llama", "./llama", "mini/typo"])
+def test_a_slip_in_a_local_path_does_not_ask_the_hub(path):
+    cfg = load([str(PICTURES), f"model.path={path}"])[0]
+    with pytest.raises(UserError, match=f"no folder '{path}'"):
+        vlm.Policy(cfg.model, cfg.lora)
+
+
 def test_damaged_local_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     cfg = load([str(PICTURES), f"model.path={tmp_path}"])[0]
