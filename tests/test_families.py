@@ -155,6 +155,15 @@ def test_every_adapter_on_the_way_learns(make, turns, checkpointing):
         assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == (seen or "language" in name), name
 
 
+def test_random_weights_of_that_shape(make, folder, policy, env):
+    """With the mini's tokenizer; image tokens come on top of the prompt's length."""
+    random = make(random_init=True, shape=str(folder), prompt_tokens=30, answer_tokens=6, revision_tokens=15)
+    assert random.parameters == policy.parameters
+    for turn in play(random, env, 1.0, tables=2):
+        seen = random.eyes.patches(turn.prompt.image) // 4 - 1 if turn.prompt.image else 0
+        assert len(turn.prompt.ids) == 30 + 15 * (turn.info["attempt"] - 1) + seen and len(turn.answer) == 6
+
+
 def test_trains_and_resumes_by_yaml(folder, tmp_path):
     """sft.py and rl.py, 2 updates at once and as 1 and 1."""
     def call(script, where):
