@@ -20,6 +20,7 @@ for _library in ("transformers", "bitsandbytes"):  # their chatter, from the imp
     logging.getLogger(_library).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
+import bitsandbytes  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -422,7 +423,7 @@ class Policy:
             self.net.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
         (folder / "versions.txt").write_text("".join(f"{m.__name__}=={m.__version__}\n"
-                                                     for m in (torch, transformers, peft)))
+                                                     for m in (torch, transformers, peft, bitsandbytes)))
 
     def save_merged(self, folder):
         """A normal model folder with W + s B A in place of W. The policy is of no further use; 4-bit weights cannot."""
