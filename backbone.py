@@ -69,8 +69,8 @@ class CrossAttention:
         unused = (torch.arange(most, device=ids.device) >= tiles[:, None]).repeat_interleave(states.shape[2], 1)
         bias = torch.zeros(unused.shape, dtype=self.dtype, device=ids.device)  # (B, most * patches)
         bias = bias.masked_fill(unused, torch.finfo(self.dtype).min)[:, None, None]
-        # the few tokens before the image attend to it all the same, but skip the layer's MLP: so transformers reads the
-        # model, by a mask that is B x T x patches large and needs no such size
+        # never None, where sdpa would read causally. The few tokens before the image attend to it all the same, but skip the
+        # layer's MLP: so transformers reads the model too, by a mask that is B x T x patches large
         after = ((ids == self.token).cumsum(1) > 0).to(self.dtype)[:, None, :, None]  # (B, 1, T, 1)
         whole = {"input_ids": ids, "position_ids": positions(mask), "cross_attention_states": states.flatten(0, 1),
                  "cross_attention_mask": bias, "full_text_row_masked_out_mask": after}
@@ -135,9 +135,12 @@ def load(model, device):
 
     Raises: UserError for a model that is missing, gated, damaged or of an unknown family.
     """
-    local = model.path.startswith(("/", ".", "~")) or (ROOT / model.path).parent.is_dir()
-    if not model.random_init and local and not os.path.isdir(find_model(model.path)):
-        raise UserError(f"model.path: no folder {model.path!r}; give a local folder or a hub name like organisation/model")
+    for key in ("shape", "tokenizer") if model.random_init else ("path",):
+        path = getattr(model, key)
+        local = key != "path" or path.startswith(("/", ".", "~")) or (ROOT / path).parent.is_dir()
+        if local and not os.path.isdir(find_model(path)):
+            raise UserError(f"model.{key}: no folder {path!r}"
+                            + "; give a local folder or a hub name like organisation/model" * (key == "path"))
     try:
         shape = find_model(model.shape if model.random_init else model.path)
         config = AutoConfig.from_pretrained(shape)
@@ -168,8 +171,8 @@ def _unavailable(path, error):
         return f"model.path: cannot load {path!r}: {one_line(error)}"
     gated = "gated" in str(error) or "401" in str(error) or "403" in str(error)
     return (f"model.path: cannot load {path!r}: " + ("its licence is not accepted with this login" if gated else
-            "no such folder, and not on the hub, or the hub is out of reach") + "; accept the licence at "
-            f"https://huggingface.co/{path} and log in (hf auth login), or give a local folder. Llama 3.2 Vision grants no "
+            f"no such folder, and not on the hub, or the hub is out of reach ({one_line(error)})") + "; accept the licence "
+            f"at https://huggingface.co/{path} and log in (hf auth login), or give a local folder. Llama 3.2 Vision grants no "
             "rights to individuals domiciled, or companies based, in the EU: name another model, such as "
             "model.path=Qwen/Qwen2.5-VL-7B-Instruct. model.random_init=true needs no weights")
 

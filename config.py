@@ -98,8 +98,10 @@ SCHEMA = {
 }
 USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "ppo")}  # what shapes each arm
 # Keys that may change between stop and resume: where it runs, in what portions, what is kept. Never what is learnt from
-# what, though numbers may round otherwise and, with the second line, other answers be drawn from the same distribution.
-ELSEWHERE = ("model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
+# what, though numbers may round otherwise, FLOPs count images encoded again and, with the third line, other answers be drawn
+# from the same distribution. (The first line matters to random weights and plan.py alone.)
+ELSEWHERE = ("model.prompt_tokens", "model.answer_tokens", "model.revision_tokens",
+             "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
              "model.device", "model.sample_tokens", "model.merge_for_sampling",
              "run.dir", "sft.init_step", "sft.save_every", "ppo.save_every")
 

@@ -23,13 +23,13 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from config import UserError, checkpoints, load, run_main, within_memory, write_atomic, written_whole
+from config import ELSEWHERE, UserError, checkpoints, load, run_main, within_memory, write_atomic, written_whole
 from rollout import evaluate, make_env, play_reference
 from vlm import Policy, load_state
 
 RESAMPLES = 2000
 CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
-HERE = ("device", "image_cache", "gradient_checkpointing")  # model keys that follow this machine, not the arm
+HERE = [key.removeprefix("model.") for key in ELSEWHERE if key.startswith("model.")]  # follow this machine, not the arm
 
 
 # ---------------------------------------------------------------- statistics, pure
@@ -158,7 +158,7 @@ class Cells:
             if self.loaded != checkpoint:
                 self.policy.load(checkpoint, value_head=False)
                 self.loaded = checkpoint
-        with within_memory("sampling", self.cfg, "eval.batch_size"):
+        with within_memory("sampling", self.cfg, "model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false"):
             return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
 
 

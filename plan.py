@@ -253,13 +253,15 @@ def choices(cfg, phase):
         found = [[n >> i for n in value] if isinstance(value, list) else value >> i for i in range(1, 9)]
         return [half for half in found if min(half if isinstance(half, list) else [half]) >= least]
 
-    section, size = {"sft.py": ("sft", "micro_tokens"), "rl.py update": ("ppo", "micro_tokens"),
-                     "rl.py rollout": ("ppo", "envs"), "eval.py": ("eval", "batch_size")}[phase]
-    learns, image = size == "micro_tokens", cfg.env.get("image_size")
-    found = {"model.gradient_checkpointing": ["true"]} if learns else \
-        {"model.sample_tokens": halves(cfg.model.sample_tokens, 128), "model.merge_for_sampling": ["false"]}
-    return {**found, f"{section}.{size}": halves(getattr(getattr(cfg, section), size), 128 if learns else 1),
-            "model.quantization": ["nf4"], "model.dtype": ["bfloat16"], "model.tune": ["[language]"],
+    image, section = cfg.env.get("image_size"), {"sft.py": "sft", "rl.py update": "ppo"}.get(phase)
+    if section:
+        found = {"model.gradient_checkpointing": ["true"],
+                 f"{section}.micro_tokens": halves(getattr(cfg, section).micro_tokens, 128)}
+    else:
+        found = {"model.sample_tokens": halves(cfg.model.sample_tokens, 128), "model.merge_for_sampling": ["false"]}
+    if phase == "eval.py":
+        found["eval.batch_size"] = halves(cfg.eval.batch_size, 1)
+    return {**found, "model.quantization": ["nf4"], "model.dtype": ["bfloat16"], "model.tune": ["[language]"],
             "lora.r": halves(cfg.lora.r, 1) if cfg.lora else [], "env.image_size": halves(image, 100) if image else []}
 
 

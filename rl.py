@@ -266,11 +266,11 @@ def main(arguments):
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = start_policy(cfg)
-    start = policy.snapshot() if ppo.kl_coef else None
-    run = Run("rl", raw, overrides)
-    trainer = Trainer(cfg, envs, policy)
-    if run.last is not None:
-        trainer.restore(run.last)
+        start = policy.snapshot() if ppo.kl_coef else None
+        run = Run("rl", raw, overrides)
+        trainer = Trainer(cfg, envs, policy)
+        if run.last is not None:
+            trainer.restore(run.last)
     bar = tqdm(range(run.step, ppo.updates), initial=run.step, total=ppo.updates, unit="update", disable=None)
     with run.stoppable("update"), bar:
         for step in bar:
@@ -278,7 +278,7 @@ def main(arguments):
             for group, peak in zip(trainer.optimizer.param_groups, (ppo.lr, ppo.value_lr)):
                 group["lr"] = learning_rate(step, ppo.updates, peak, ppo.schedule)
             sampler = seeded(policy.device, "sample", cfg.run.seed, step)
-            with within_memory("sampling", cfg, "model.sample_tokens", "ppo.envs", "model.merge_for_sampling=false"):
+            with within_memory("sampling", cfg, "model.sample_tokens", "model.merge_for_sampling=false"):
                 turns, advantages, returns = rollout(policy, trainer.play, ppo, sampler, bar)
             bar.set_description("update")
             shuffler = seeded("cpu", "shuffle", cfg.run.seed, step)

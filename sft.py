@@ -57,13 +57,13 @@ def main(arguments):
     env = make_env(cfg.env, sft.mistakes + 1)
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, seed=cfg.run.seed)
-    run = Run("sft", raw, overrides)
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=sft.lr, weight_decay=sft.weight_decay)
-    if run.last is not None:
-        state = load_state(run.last)
-        policy.load(run.last)
-        optimizer.load_state_dict(state["optimizer"])
-        policy.tokens = state["tokens"]
+        run = Run("sft", raw, overrides)
+        optimizer = torch.optim.AdamW(policy.trainable.values(), lr=sft.lr, weight_decay=sft.weight_decay)
+        if run.last is not None:
+            state = load_state(run.last)
+            policy.load(run.last)
+            optimizer.load_state_dict(state["optimizer"])
+            policy.tokens = state["tokens"]
     seeds = itertools.islice(training_seeds(cfg.run.seed), run.step * sft.batch_size, None)
     bar = tqdm(range(run.step, sft.steps), initial=run.step, total=sft.steps, unit="step", desc="SFT", disable=None)
     with run.stoppable("step"), bar:

@@ -124,7 +124,7 @@ class Policy:
     """Base + LoRA + value head.
 
     Args:
-        model: cfg.model section. lora: cfg.lora section, or None to tune every parameter.
+        model: cfg.model section. lora: cfg.lora section, or None: the parts in model.tune learn themselves.
         value_hidden, value_detach: cfg.ppo's; the value head exists for SFT too and is then not trained.
         seed: of the LoRA and value-head initialisation.
     Attributes: tokens, processed so far: text tokens {"train", "inference"} and image patches {.. "_patches"}.
@@ -348,7 +348,7 @@ class Policy:
 
         Args: list of Sequences; S answers with A tokens in all, in the order of the sequences and their spans.
         Returns: dict with logprobs (A,), entropy (A,), turn (A,) = index of the answer 0..S-1, values (S,).
-        Raises: RuntimeError inside `fixed`, where merged adapters would pass no gradient back.
+        Raises: RuntimeError inside `fixed`, where LoRA layers are copies that pass no gradient back.
         """
         if self.in_rollout:
             raise RuntimeError("score inside fixed(): leave the rollout first")
@@ -426,7 +426,7 @@ class Policy:
                                                      for m in (torch, transformers, peft, bitsandbytes)))
 
     def save_merged(self, folder):
-        """A normal model folder with W + s B A in place of W. The policy is of no further use; 4-bit weights cannot."""
+        """A normal model folder with W + s B A in place of W. For a policy without quantization; it is of no further use."""
         self._save_whole(self.base if self.net is self.base else self.net.merge_and_unload(), folder)
 
     def _save_whole(self, model, folder):

@@ -30,7 +30,7 @@ rollout    one batch of first attempts through Policy.sample, all rows at once; 
   tokens_per_s   sampled tokens over prefill + all further passes.
   step_gb    10^9 bytes that a further pass reads at least, on average: each weight as stored, once (without embedding
              table, vision tower and projector; without the cross-attention layers if there is no image, else without their
-             key and value projections, which the cache replaces; merged layers count dense), and every row's keys and
+             key and value projections, which the cache replaces; merged layers count dense, LoRA in model.dtype), and every row's keys and
              values, as large as the cache really is, less the padding of text. token_gb: the same per sampled token.
   share      step_gb / step as a share of `copy_gb_s`.
   dense_gb, dense_share   the same if bitsandbytes writes and reads a copy in model.dtype of every 4-bit weight in passes
@@ -107,7 +107,7 @@ def weights_read(policy, model, image):
             continue
         state = getattr(parameter, "quant_state", None)
         size = width * (state.shape if state else parameter.shape).numel()
-        if merged and name.endswith(".base_layer.weight"):
+        if ".lora_" in name or (merged and name.endswith(".base_layer.weight")):
             least += size
         else:
             least, dense = least + stored(parameter), dense + (2 * size if state else 0)

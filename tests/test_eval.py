@@ -328,7 +328,7 @@ def test_arm_keeps_its_own_model_but_for_what_follows_the_machine(cfg, tmp_path)
         del own[key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": own, "lora": {"r": 9}, "run": {"seed": 3}}))
     found = evaluation.arm_settings(tmp_path / "step_1", cfg)
-    assert vars(found["model"]) == {**vars(cfg.model), "path": "its/own", "sample_tokens": 7}
+    assert vars(found["model"]) == {**vars(cfg.model), "path": "its/own"}
     assert vars(found["lora"]) == {"r": 9} and found["seed"] == 3
 
 

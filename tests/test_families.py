@@ -9,7 +9,6 @@ import torch
 import transformers
 from bitsandbytes.nn import Params4bit
 from conftest import PICTURES, ROOT, play
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import rl

@@ -277,9 +277,9 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize("script, place, said", [
     ("sft", "Policy", "loading the model: it needs a larger machine"), ("rl", "Policy", "loading the model: it needs"),
     ("sft", "train_step", r"training: lower sft.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
-    ("rl", "rollout", r"sampling: lower model.sample_tokens \(4096\) or lower ppo.envs \(6\) or set model.merge_for_sam"),
+    ("rl", "rollout", r"sampling: lower model.sample_tokens \(4096\) or set model.merge_for_sam"),
     ("rl", "update", r"training: lower ppo.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
-    ("eval", "Policy", "loading the model: it needs"), ("eval", "evaluate", r"sampling: lower eval.batch_size \(8\);")])
+    ("eval", "Policy", "loading the model: it needs"), ("eval", "evaluate", r"sampling: lower model.sample_tokens \(4096\) or lower eval.batch_size \(8\) or set")])
 def test_out_of_memory_is_a_user_error(after_sft, monkeypatch, script, place, said):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")

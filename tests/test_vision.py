@@ -388,7 +388,7 @@ def test_eyes_that_changed_after_a_failure_within_are_used(make_policy):
 
 
 def test_score_does_not_use_what_sampling_saw(make_policy):
-    """Inside `fixed` it is refused, as layers are merged and images remembered there; outside, weights count as they are."""
+    """Inside `fixed` it is refused, as LoRA layers are copies and images remembered there; outside, weights count as they are."""
     policy, fresh = make_policy(), make_policy()
     sequences = [p.answered(a) for p, a in zip(firsts(policy, 2), policy.encode_answers(["1", "2"]))]
     with torch.no_grad():
