@@ -144,6 +144,7 @@ def load(model, device):
     try:
         shape = find_model(model.shape if model.random_init else model.path)
         config = AutoConfig.from_pretrained(shape)
+        kind = family(config)
         tokenizer = AutoTokenizer.from_pretrained(find_model(model.tokenizer) if model.random_init else shape)
         if tokenizer.chat_template is None:
             raise UserError(f"model.path: the tokenizer of {model.path!r} has no chat template; name an Instruct model")
@@ -162,7 +163,7 @@ def load(model, device):
             module.support_avx512bf16_for_cpu = False
     if model.random_init:
         base.config.image_token_index = base.config.image_token_id = tokenizer.convert_tokens_to_ids("<|image|>")
-    return tokenizer, image_processor, base, family(config)(base, image_processor)
+    return tokenizer, image_processor, base, kind(base, image_processor)
 
 
 def _unavailable(path, error):
@@ -171,8 +172,8 @@ def _unavailable(path, error):
         return f"model.path: cannot load {path!r}: {one_line(error)}"
     gated = "gated" in str(error) or "401" in str(error) or "403" in str(error)
     return (f"model.path: cannot load {path!r}: " + ("its licence is not accepted with this login" if gated else
-            f"no such folder, and not on the hub, or the hub is out of reach ({one_line(error)})") + "; accept the licence "
-            f"at https://huggingface.co/{path} and log in (hf auth login), or give a local folder. Llama 3.2 Vision grants no "
+            f"no such folder, and not on the hub, or the hub is out of reach ({one_line(error)})")
+            + f"; accept the licence at https://huggingface.co/{path} and log in (hf auth login), or give a local folder. Llama 3.2 Vision grants no "
             "rights to individuals domiciled, or companies based, in the EU: name another model, such as "
             "model.path=Qwen/Qwen2.5-VL-7B-Instruct. model.random_init=true needs no weights")
 

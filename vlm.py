@@ -156,7 +156,7 @@ class Policy:
             self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.in_rollout = False
         self.frozen_eyes = all(re.search(language, name) for name in self.trainable)  # features then stay
-        self.features, self.image_cache = {}, int(model.image_cache * 2**30)  # by id(image), in bytes
+        self.features, self.cached, self.image_cache = {}, 0, model.image_cache * 2**30  # by id(image); bytes held, allowed
         self.net.eval()
 
     def _choose_tokens(self, model):
@@ -298,6 +298,7 @@ class Policy:
             self.in_rollout = False
             if not self.frozen_eyes:
                 self.features.clear()
+                self.cached = 0
             for layer in layers:
                 vars(layer).pop("forward", None)  # the class's own again
 
@@ -335,11 +336,12 @@ class Policy:
             several = max(1, PATCHES // self.eyes.tower_patches(new[0]))
             for image, features in zip(new, self._encode(new[:several])):
                 found[id(image)] = features
-                self.features[id(image)] = image, [f.cpu() for f in features]  # the image too, so that its id stays its own
+                size = sum(f.nbytes for f in features) + 3 * image.width * image.height
+                self.features[id(image)] = image, [f.cpu() for f in features], size  # the image, for its id to stay
+                self.cached += size
             new = new[several:]
-        size = sum(f.nbytes for _, features in self.features.values() for f in features)
-        while size > self.image_cache and self.features:
-            size -= sum(f.nbytes for f in self.features.pop(next(iter(self.features)))[1])
+        while self.cached > self.image_cache:
+            self.cached -= self.features.pop(next(iter(self.features)))[2]
         return [tuple(f.to(self.device) for f in found[id(image)]) for image in images]
 
     # ------------------------------------------------------------ scoring
