@@ -173,9 +173,9 @@ def _unavailable(path, error):
     gated = "gated" in str(error) or "401" in str(error) or "403" in str(error)
     return (f"model.path: cannot load {path!r}: " + ("its licence is not accepted with this login" if gated else
             f"no such folder, and not on the hub, or the hub is out of reach ({one_line(error)})")
-            + f"; accept the licence at https://huggingface.co/{path} and log in (hf auth login), or give a local folder. Llama 3.2 Vision grants no "
-            "rights to individuals domiciled, or companies based, in the EU: name another model, such as "
-            "model.path=Qwen/Qwen2.5-VL-7B-Instruct. model.random_init=true needs no weights")
+            + f"; accept the licence at https://huggingface.co/{path} and log in (hf auth login), or give a local folder. "
+            "Llama 3.2 Vision grants no rights to individuals domiciled, or companies based, in the EU: name another model, "
+            "such as model.path=Qwen/Qwen2.5-VL-7B-Instruct. model.random_init=true needs no weights")
 
 
 def one_line(error):

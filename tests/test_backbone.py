@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from benchmark_card import stored
 from bitsandbytes.nn import Params4bit
 from conftest import PICTURES, ROOT, play, policies
 from PIL import Image
@@ -64,13 +65,6 @@ def policy(make):
 @pytest.fixture(scope="module")
 def turns(policy, settings):
     return play(policy, settings.env, 1.0, turns=7)
-
-
-def bytes_of(parameter):
-    """Of its storage; a 4-bit one's scales included."""
-    state = getattr(parameter, "quant_state", None)
-    scales = [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return sum(t.untyped_storage().nbytes() for t in [parameter, *scales])
 
 
 # ---------------------------------------------------------------- the shape of the Instruct model
@@ -259,7 +253,7 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
     planned, held = plan.budget(cfg)["weights"], Counter()
     for name, parameter in policy.base.named_parameters():
         part = next((p for p in ("vision", "multi_modal_projector", "embed_tokens", "lm_head") if p in name), "language")
-        held["LoRA" if "lora" in name else part] += bytes_of(parameter)
+        held["LoRA" if "lora" in name else part] += stored(parameter)
     for part, of_plan in (("vision", "vision, bfloat16"), ("multi_modal_projector", "projector, bfloat16"),
                           ("embed_tokens", "embeddings, bfloat16"), ("lm_head", "lm_head, bfloat16"),
                           ("language", "language, nf4")):

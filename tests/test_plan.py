@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_card import stored
 from conftest import PICTURES, ROOT
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
@@ -64,13 +65,6 @@ DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
 
 # ---------------------------------------------------------------- what lies there all the time
-def stored(parameter):
-    """Bytes of a parameter with everything that its 4-bit form needs."""
-    state = getattr(parameter, "quant_state", None)
-    extra = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code] if state else []
-    return sum(t.untyped_storage().nbytes() for t in [parameter.data, *extra])
-
-
 @pytest.mark.parametrize("overrides", [(), EYES, FULL, DENSE32, ("model.keep_unquantized=[lm_head]",)])
 def test_weights_are_counted_to_the_byte(middle, overrides):
     policy, m = middle("middle", *overrides)
