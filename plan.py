@@ -157,7 +157,8 @@ def sampling(m, image, rows, width, answer, merged):
         "one layer's activations": reading(m, rows * width, patches)},
         f"sampling {rows} answers of {answer} tokens": {
         **caches, "KV cache": cached * m.selfs,
-        "logits, or one layer's new cache and weight": max((24 + m.b) * rows * m.V, cached // 2 + dequantised(m))},
+        "logits, or one layer's new cache or activations, weight": max(
+            (24 + m.b) * rows * m.V, max(cached // 2, reading(m, rows, 0)) + dequantised(m))},
         **(seeing(m, image, rows, always) if image.patches else {})}
 
 

@@ -1,7 +1,7 @@
 """plan.py against reality: bytes of real weights and optimisers, peaks of real allocations; figures made by hand; advice.
 
-Allocations are those of torch's CPU allocator as its profiler reports them, kernels' own buffers included; numpy's (pixels
-in fp32) are not among them.
+Allocations are those of torch's CPU allocator as its profiler reports them, kernels' own buffers included; those grow with
+the number of threads, which is therefore one here; numpy's (pixels in fp32) are not among them.
 """
 import json
 import os
@@ -97,8 +97,13 @@ def test_gradients_and_moments_are_those_of_what_the_text_reads(middle, picture)
 # ---------------------------------------------------------------- what moments allocate
 def allocated(function):
     """Peak in bytes of what torch allocates on the CPU during the call, beside what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+    finally:
+        torch.set_num_threads(threads)
     events = sorted(((e.start_ns(), i, e.nbytes()) for i, e in enumerate(profiler.profiler.kineto_results.events())
                      if e.name() == "[memory]"))
     now = top = 0
@@ -156,7 +161,7 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
 @pytest.mark.parametrize("shape, overrides, rows, width, answer, size, dominant", [
     ("middle", (), 16, 100, 2, None, "one layer's activations"),
     ("middle", (), 64, 20, 2, None, "one layer's activations"),
-    ("middle", (), 64, 4, 16, None, "logits, or one layer's new cache and weight"),
+    ("middle", (), 64, 4, 16, None, "logits, or one layer's new cache or activations, weight"),
     ("wide", (), 32, 4, 40, None, "KV cache"),
     ("middle", (), 4, 200, 2, TALL, "one layer's activations"),
     ("middle", (), 8, 20, 2, TALL, "hidden states of the vision tower"),
