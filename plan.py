@@ -16,7 +16,7 @@ import re
 import sys
 from types import SimpleNamespace as Namespace
 
-from vlm import LOGITS, PATCHES, ValueHead  # first of these: it silences the libraries
+from vlm import LOGITS, PATCHES, ValueHead, read_at_once  # first of these: it silences the libraries
 
 import torch
 from accelerate import init_empty_weights
@@ -131,35 +131,38 @@ def dequantised(m):
     return m.largest * m.b + m.largest // 64 * 8
 
 
-def seeing(m, image, rows, always):
-    """New pictures of a batch: vlm.PATCHES at once go through the tower, which keeps every layer's states; then all."""
+def seeing(m, image, rows, always, gathered):
+    """New pictures of a batch: vlm.PATCHES at once go through the tower, which keeps every layer's states; then their
+    features return from host memory, those of `gathered` rows at once."""
     v, several, one = m.vision, min(rows, max(1, PATCHES // image.tower)), m.C * m.b
     layers = getattr(v, "num_hidden_layers", 0) + getattr(v, "num_global_layers", 0)
     tokens, taken = several * image.tower, len(getattr(v, "intermediate_layers_indices", ()))
     last = max((2 * taken + 2) * v.hidden_size * m.b, 3 * v.hidden_size * m.b + m.tower_mlp)
     return {f"encoding {several} of {rows} pictures": {
         **always, "hidden states of the vision tower": tokens * (v.hidden_size * m.b * layers + last),
-        "attention mask of the vision tower": tokens * image.tower * m.b, "pixels": tokens * 3 * v.patch_size**2 * (m.b + 4),
-        "features of other pictures": (rows - several) * image.patches * one},
-        f"gathering {rows} pictures": {**always, "image features, twice": rows * 2 * image.patches * one}}
+        "attention mask of the vision tower": tokens * image.tower * m.b, "pixels": tokens * 3 * v.patch_size**2 * (m.b + 4)},
+        f"gathering {gathered} pictures": {**always, "image features, twice": gathered * 2 * image.patches * one}}
 
 
 def sampling(m, image, rows, width, answer, merged):
-    """vlm.Policy._sample: `rows` prompts of `width` tokens, answers of `answer` tokens."""
+    """vlm.Policy._sample: `rows` prompts of `width` tokens, read in parts, answers of `answer` tokens."""
     patches, layer = rows * image.patches * bool(m.crosses), rows * m.K * m.b * 2  # of a layer: keys and values of a token
-    cached = layer * (width + answer)
+    cached, part = layer * (width + answer), read_at_once(rows, width, m.C)
     always = {"dense copies of tuned layers": m.merged * m.b} if merged else \
         {f"LoRA, {8 * m.b} bits": sum(m.learns.values()) // 4 * m.b * m.lora}
     caches = {**always, "cross-attention cache": patches * m.K * m.b * 2 * m.crosses}
-    return {f"reading {rows} prompts of {width} tokens": {
-        **caches, "KV cache": layer * width * m.selfs, "image features": patches * m.C * m.b,
-        "attention mask": rows * width**2 * (1 + m.b), "a weight out of 4 bits": dequantised(m),
-        "one layer's activations": reading(m, rows * width, patches)},
+    read = {**caches, "KV cache": layer * width * m.selfs}
+    return {f"reading {part} of {rows} prompts of {width} tokens": {
+        **read, "image features": part * patches // rows * m.C * m.b,
+        "attention mask": part * width**2 * (1 + m.b), "a weight out of 4 bits": dequantised(m),
+        "one layer's activations": reading(m, part * width, part * patches // rows)},
+        **({f"joining caches of {rows} prompts": {
+            **read, "one layer's keys again": max(layer // 2 * width, patches * m.K * m.b)}} if part < rows else {}),
         f"sampling {rows} answers of {answer} tokens": {
         **caches, "KV cache": cached * m.selfs,
         "logits, or one layer's new cache or activations, weight": max(
             (24 + m.b) * rows * m.V, max(cached // 2, reading(m, rows, 0)) + dequantised(m))},
-        **(seeing(m, image, rows, always) if image.patches else {})}
+        **(seeing(m, image, rows, always, part) if image.patches else {})}
 
 
 def learning(m, image, rows, width, scored, checkpointing, eyes):
@@ -183,7 +186,7 @@ def learning(m, image, rows, width, scored, checkpointing, eyes):
     return {f"scoring {size}": {**always, "logits, copies": logits, "final hidden states": tokens * m.C * (4 + 2 * m.b)},
             f"backward through {size}": {**always, "one layer's activations": max(own, across) * checkpointing,
                                          "its gradients": gradients, "a weight out of 4 bits": dequantised(m)},
-            **(seeing(m, image, rows, {}) if image.patches and not eyes else {})}
+            **(seeing(m, image, rows, {}, rows) if image.patches and not eyes else {})}
 
 
 # ---------------------------------------------------------------- phases
@@ -287,13 +290,13 @@ def advice(arguments, cfg, phase, free):
 
 
 def widest(arguments, free):
-    """The largest model.sample_tokens, in steps of 256, with which a rollout of enough tables still fits; 0 if none."""
-    low, high = 0, 4096
+    """The most tables, up to 1024, all of whose answers can be sampled in one batch; 0 if none."""
+    low, high = 0, 1025
     while high - low > 1:
         middle = (low + high) // 2
-        fits = need([*arguments, f"model.sample_tokens={256 * middle}", "ppo.envs=1000000"], "rl.py rollout") <= free
+        fits = need([*arguments, f"ppo.envs={middle}", "model.sample_tokens=1000000000"], "rl.py rollout") <= free
         low, high = (middle, high) if fits else (low, middle)
-    return 256 * low
+    return low
 
 
 # ---------------------------------------------------------------- on screen, in GiB
@@ -319,7 +322,7 @@ def main(arguments):
     print(f"\npeaks in GiB, of model.memory={cfg.model.memory:g} less {MARGIN:g} for the CUDA context and gaps{card}")
     for phase, (n, moment) in tops.items():
         print(f"  {phase:16}{n / GIB:8.2f}  {'fits' if n <= free else 'DOES NOT FIT'}: {moment}")
-    print(f"a rollout fits up to model.sample_tokens={widest(arguments, free)}, if there are tables enough")
+    print(f"a rollout fits up to ppo.envs={widest(arguments, free)} in one batch, with model.sample_tokens large enough")
     over = [phase for phase in tops if tops[phase][0] > free]
     for phase in over:
         helps = advice(arguments, cfg, phase, free)

@@ -40,6 +40,7 @@ transformers.utils.logging.disable_progress_bar()
 LOGITS = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
 DATE = "26 Jul 2024"  # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 PATCHES = 2**14  # image patches that are encoded at once where no gradient needs them
+STATES = 2**25  # numbers in the hidden states of prompts that a rollout reads at once: about 8192 tokens of the 11B
 
 
 @dataclass
@@ -88,6 +89,11 @@ def micro_batches(items, max_tokens):
         else:
             groups.append([item])
     return groups
+
+
+def read_at_once(rows, width, channels):
+    """How many of `rows` prompts of `width` tokens are read at once: even parts of about STATES."""
+    return math.ceil(rows / math.ceil(rows * width * channels / STATES))
 
 
 def token_logprobs(logits, ids, temperature=1.0):
@@ -246,10 +252,7 @@ class Policy:
         ids = torch.tensor([[self.tokenizer.pad_token_id] * (width - len(p.ids)) + p.ids for p in prompts],
                            device=self.device)
         mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=self.device)  # (N, T)
-        whole, sight, offset = self._look(ids, mask, [p.image for p in prompts])
-        out = self.eyes.reader(attention_mask=mask, use_cache=True, **whole)
-        hidden, cache = out.last_hidden_state[:, -1], out.past_key_values  # (N, C)
-        del out, whole
+        hidden, cache, sight, offset = self._read(ids, mask, [p.image for p in prompts])
         answers = [Answer([], [], v) for v in self.value_head(hidden).tolist()]
         self.tokens["inference"] += int(mask.sum())
         rows = torch.arange(len(prompts), device=self.device)  # which answer each live row writes
@@ -280,6 +283,28 @@ class Policy:
             answer.logprobs = torch.tensor(answer.logprobs)
         return answers
 
+    def _read(self, ids, mask, images):
+        """Prompts (N, T) in parts of some rows, so that activations of a part alone lie beside the cache.
+
+        Returns: last hidden states (N, C), the cache of all, and as of a family's prefill what further tokens need.
+        """
+        features, parts = self._features(images), []
+        alike = len({image and image.size for image in images}) == 1  # else parts would have caches of different widths
+        several = read_at_once(*ids.shape, self.base.lm_head.in_features) if alike else len(ids)
+        for part in (slice(start, start + several) for start in range(0, len(ids), several)):
+            whole, sight, offset = self._look(ids[part], mask[part], features[part])
+            out = self.eyes.reader(attention_mask=mask[part], use_cache=True, **whole)
+            parts.append((out.last_hidden_state[:, -1].clone(), out.past_key_values, sight, offset))
+            del out, whole
+        hidden, caches, sights, offsets = zip(*parts)
+        for layer, *others in zip(*(cache.layers for cache in caches)):
+            for kind in ("keys", "values") if others and layer.is_initialized else ():  # without an image not all layers are
+                setattr(layer, kind, torch.cat([getattr(part, kind) for part in (layer, *others)]))
+                for other in others:
+                    setattr(other, kind, None)
+        sight = {k: torch.cat([sight[k] for sight in sights]) for k in sights[0]}
+        return torch.cat(hidden), caches[0], sight, torch.cat(offsets)
+
     @contextmanager
     def fixed(self):
         """For a rollout or an evaluation: inside, weights do not change, so each image is encoded once and LoRA layers are
@@ -308,17 +333,23 @@ class Policy:
         return torch.tensor([a.value for a in self.sample(prompts, 0, None, max_new_tokens=1)])
 
     # ------------------------------------------------------------ images
-    def _look(self, ids, mask, images):
-        """How the language model reads a batch of whole prompts, ids and mask (B, T), each with its image or all without.
+    def _look(self, ids, mask, features):
+        """How the language model reads a batch of whole prompts, ids and mask (B, T), with `_features` of their images.
 
-        Returns: as of a family's prefill (backbone.py). Raises: ValueError for a mix, which Mllama cannot read.
+        Returns: as of a family's prefill (backbone.py).
         """
-        if all(image is None for image in images):
+        if features[0] is None:
             return {"input_ids": ids, "position_ids": positions(mask)}, {}, torch.zeros_like(ids[:, :1])
+        return self.eyes.prefill(ids, mask, [tuple(f.to(self.device) for f in states) for states in features])
+
+    def _features(self, images):
+        """Of each image of a batch the features (backbone.py), or None of each. Raises: ValueError for a mix, which Mllama
+        cannot read."""
+        if all(image is None for image in images):
+            return images
         if any(image is None for image in images):
             raise ValueError("a batch cannot mix prompts with and without an image")
-        recall = self.in_rollout or self.frozen_eyes
-        return self.eyes.prefill(ids, mask, self._recall(images) if recall else self._encode(images))
+        return self._recall(images) if self.in_rollout or self.frozen_eyes else self._encode(images)
 
     def _encode(self, images):
         """Features of each image (backbone.py), counted."""
@@ -329,20 +360,20 @@ class Policy:
 
     @torch.no_grad()
     def _recall(self, images):
-        """`_encode`, but an image met again is looked up; in host memory, the oldest give way."""
+        """`_encode` into host memory, where an image met again is found; the oldest give way."""
         found = {id(image): self.features[id(image)][1] for image in images if id(image) in self.features}
         new = list({id(image): image for image in images if id(image) not in found}.values())
         while new:
             several = max(1, PATCHES // self.eyes.tower_patches(new[0]))
             for image, features in zip(new, self._encode(new[:several])):
-                found[id(image)] = features
+                found[id(image)] = [f.cpu() for f in features]
                 size = sum(f.nbytes for f in features) + 3 * image.width * image.height
-                self.features[id(image)] = image, [f.cpu() for f in features], size  # the image, for its id to stay
+                self.features[id(image)] = image, found[id(image)], size  # the image, for its id to stay
                 self.cached += size
             new = new[several:]
         while self.cached > self.image_cache:
             self.cached -= self.features.pop(next(iter(self.features)))[2]
-        return [tuple(f.to(self.device) for f in found[id(image)]) for image in images]
+        return [found[id(image)] for image in images]
 
     # ------------------------------------------------------------ scoring
     def score(self, sequences, temperature=1.0):
@@ -370,7 +401,7 @@ class Policy:
         learning = torch.is_grad_enabled()
         self.net.train(learning and self.checkpointing)  # layers are checkpointed in this mode alone; nothing else differs
         try:
-            whole, _, _ = self._look(ids, mask, [s.image for s in sequences])
+            whole, _, _ = self._look(ids, mask, self._features([s.image for s in sequences]))
             hidden = self.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state  # (B, T, C)
         finally:
             self.net.eval()

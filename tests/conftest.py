@@ -96,3 +96,22 @@ def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
     games = Play([make_env(env, verify_iters) for _ in range(tables)], training_seeds(seed))
     generator = torch.Generator(policy.device).manual_seed(seed)
     return [turn for _ in range(turns) for turn in games.turn(policy, temperature, generator)]
+
+
+def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
+    """Sampled answers are the same when `rows` prompts are read at a time, which takes so many `parts`."""
+    import torch
+    import vlm
+    width, read, calls = max(len(p.ids) for p in prompts), policy._look, []
+    monkeypatch.setattr(policy, "sample_tokens", 10**9)
+    monkeypatch.setattr(policy, "_look", lambda *arguments: calls.append(1) or read(*arguments))
+    several = []
+    for states in (10**9, rows * width * policy.base.lm_head.in_features):
+        monkeypatch.setattr(vlm, "STATES", states)
+        several.append(policy.sample(prompts, 0.7, torch.Generator().manual_seed(0)))
+    assert len(calls) == 1 + parts
+    for one, two in zip(*several):
+        assert one.ids == two.ids
+        torch.testing.assert_close(one.logprobs, two.logprobs, rtol=0, atol=1e-4)
+        assert abs(one.value - two.value) < 1e-4
+    assert len({tuple(answer.ids) for answer in several[0]}) > 1

@@ -3,12 +3,13 @@ and, marked slow, the full shape on this CPU."""
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from benchmark_card import stored
 from bitsandbytes.nn import Params4bit
-from conftest import PICTURES, ROOT, play, policies
+from conftest import PICTURES, ROOT, assert_read_in_parts, play, policies
 from PIL import Image
 from transformers import AutoConfig
 
@@ -152,6 +153,17 @@ def test_unused_tiles_cost_nothing_and_change_nothing(policy):
     for row, prompt in zip(together, prompts):
         torch.testing.assert_close(row[None], ours(policy, [prompt]), rtol=0, atol=1e-4)
     assert (together[1] - together[3]).abs().max() > 1e-2  # they do see
+
+
+@pytest.mark.parametrize("pictures, rows, parts", [(["same"] * 5, 2, 3), ([None] * 5, 2, 3), ([None] * 5, 5, 1),
+                                                   (["same", "other"] * 2, 1, 1)])
+def test_prompts_are_read_in_parts(policy, turns, monkeypatch, pictures, rows, parts):
+    """Of different lengths; pictures with different numbers of tiles all at once."""
+    other = Image.new("RGB", (56, 56))
+    prompts = [replace(t.prompt, ids=[i for i in t.prompt.ids if what or i != policy.eyes.token],
+                       image={"same": t.prompt.image, "other": other, None: None}[what]) for what, t in zip(pictures, turns)]
+    prompts[1].ids.insert(len(prompts[1].ids) // 2, policy.filler)
+    assert_read_in_parts(policy, prompts, monkeypatch, rows, parts)
 
 
 # ---------------------------------------------------------------- scoring

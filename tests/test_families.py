@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import Params4bit
-from conftest import PICTURES, ROOT, play
+from conftest import PICTURES, ROOT, assert_read_in_parts, play
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import rl
@@ -122,6 +122,10 @@ def test_ratio_is_one_before_the_first_step(make, turns):
     for place, answer in enumerate(answers):
         assert abs((out["logprobs"][out["turn"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
         assert policy.eyes.token not in answer.ids
+
+
+def test_prompts_are_read_in_parts(policy, turns, monkeypatch):
+    assert_read_in_parts(policy, [t.prompt for t in turns[:5]], monkeypatch, 2, 3)
 
 
 def test_the_language_model_alone_is_quantised(make):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import plan
+import vlm
 from config import UserError, load
 from vlm import Policy, Sequence
 
@@ -113,7 +115,7 @@ def allocated(function):
     return top
 
 
-def conversations(policy, rows, width, image, spans=0, answer=0):
+def conversations(policy, rows, width, image=None, spans=0, answer=0):
     """Prompts of `width` tokens, each with a picture of its own or none, followed by `spans` answers."""
     found = []
     for _ in range(rows):
@@ -194,6 +196,23 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
     compare(moments, tracked, m, "reading", "reading", "sampling")
 
 
+@pytest.mark.parametrize("shape, rows, width, size, part, dominant", [
+    ("middle", 64, 100, None, 8, "KV cache"), ("middle", 16, 100, None, 4, "one layer's activations"),
+    ("wide", 6, 60, SQUARE, 1, "cross-attention cache"), ("wide", 6, 20, SQUARE, 3, "one layer's activations")])
+def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, shape, rows, width, size, part, dominant):
+    """Beside the caches of all; pictures were seen before."""
+    policy, m = middle(shape)
+    image = size and Image.new("RGB", size)
+    monkeypatch.setattr(vlm, "STATES", part * width * m.C)
+    monkeypatch.setattr(policy, "sample_tokens", 10**9)
+    prompts = conversations(policy, rows, width)
+    prompts = [replace(p, ids=[policy.filler, policy.eyes.token, *p.ids[2:]], image=image) if size else p for p in prompts]
+    policy.sample(prompts[:1], 1.0, None, 1)
+    tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
+    compare(plan.sampling(m, seen(m, image), rows, width, 2, False), tracked, m, dominant, "reading", "joining", "sampling",
+            "gathering")
+
+
 @pytest.mark.parametrize("shape, overrides, rows, width, spans, answer, size, checkpointing, dominant", [
     ("middle", (), 4, 100, 1, 8, None, True, "one layer's activations"),
     ("middle", (), 4, 200, 1, 4, None, True, "one layer's activations"),
@@ -262,7 +281,7 @@ def test_adapters_of_the_11b():
 def test_caches_of_the_11b():
     """131 kB of keys and values per token of 32 layers; 0.21 GB per sequence that looks at 4 tiles of 1601 patches."""
     phase = large("virl_vl")["rl.py rollout"]
-    reading, sampling = moment(phase, "reading 11 prompts of 700"), moment(phase, "sampling 11 answers of 160")
+    reading, sampling = moment(phase, "reading 11 of 11 prompts of 700"), moment(phase, "sampling 11 answers of 160")
     assert reading["KV cache"] == 11 * 700 * 131_072 and sampling["KV cache"] == 11 * 860 * 131_072
     assert reading["cross-attention cache"] == 11 * 8 * 4 * 1601 * 2 * 1024 * 2 == 11 * 209_846_272
     assert reading["image features"] == 11 * 6404 * 4096 * 2
@@ -338,13 +357,11 @@ def test_what_never_fits_says_so(capsys):
     assert code == 1 and out.count("fits with none of its keys") == 4 and out.count("DOES NOT FIT") == 4
 
 
-def test_the_widest_rollout_fits_and_one_more_step_does_not(capsys):
-    overrides = ("model.memory=16", "ppo.envs=1000")
+def test_the_widest_rollout_fits_and_one_more_table_does_not(capsys):
+    overrides = ("model.memory=16", "model.sample_tokens=1000000")
     _, out = main(capsys, LARGE / "virl_vl.yaml", *overrides)
-    (width,) = (int(line.split("=")[1].split()[0]) for line in out.replace(",", "").splitlines()
-                if line.startswith("a rollout fits"))
-    fits, not_ = (plan.peaks(large("virl_vl", *overrides, f"model.sample_tokens={n}"))["rl.py rollout"][0]
-                  for n in (width, width + 256))
+    (width,) = (int(line.split("=")[1].split()[0]) for line in out.splitlines() if line.startswith("a rollout fits"))
+    fits, not_ = (plan.peaks(large("virl_vl", *overrides, f"ppo.envs={n}"))["rl.py rollout"][0] for n in (width, width + 1))
     assert fits <= 15 * GIB < not_
 
 
