@@ -81,13 +81,12 @@ def describe(model, lora, value_hidden):
     m.own, m.across = ({n.split(".")[-1] for n in layers if f"language_model.layers.{i}." in n} for i in
                        (min(set(range(text.num_hidden_layers)) - set(crosses)), *(crosses or [-1])[:1]))
     tower = [layer for n, layer in base.named_modules() if re.match(names["vision"], n)]
-    casts = [layer.in_features for layer in tower if isinstance(layer, LoraLayer)]
     blocks = getattr(m.vision, "num_hidden_layers", 0) + getattr(m.vision, "num_global_layers", 0) or m.vision.depth
     width, inner = m.vision.hidden_size, m.vision.intermediate_size
-    m.tower_kept = blocks * m.b * (7 * width + inner * (2 if casts else 3)) + 4 * sum(casts) * (m.b == 2)
+    m.tower_kept = blocks * m.b * (7 * width + 3 * inner)
     again = any(isinstance(layer, GradientCheckpointingLayer) for layer in tower)  # Mllama's tower keeps all, come what may
     m.tower_inputs = blocks * m.b * width + m.tower_kept // blocks if again else m.tower_kept
-    m.tower_mlp = m.b * inner * (3 if casts else 2)
+    m.tower_mlp = m.b * inner * (3 if any(isinstance(layer, LoraLayer) for layer in tower) else 2)
     return m
 
 
@@ -110,19 +109,16 @@ def reading(m, tokens, patches):
 
 def kept(m, tokens, patches):
     """Bytes that autograd keeps of one self-attention layer and of one cross-attention layer (0 without patches)."""
-    casts = m.b == 2 and m.lora
-
-    def inputs(lora, *names):  # in 16 bits each LoRA keeps its own fp32 copy; in fp32 they share one
-        wide = [m.I if name == "down_proj" else m.C for name in names if name in lora or not m.lora]
-        return 4 * sum(wide) if casts else m.b * max(wide, default=0)
+    def inputs(lora, *names):  # of projections with LoRA or, without it, of all; they share one
+        return m.b * max((m.I if name == "down_proj" else m.C for name in names if name in lora or not m.lora), default=0)
 
     def layer(lora):  # norms, attention, MLP
-        return (8 * m.C + 2 * m.b * m.Q + 4 * m.H + 3 * m.b * m.I + inputs(lora, "o_proj") * (m.b == 2)
-                + inputs(lora, "gate_proj", "up_proj") + inputs(lora, "down_proj"))
+        return (8 * m.C + 2 * m.b * m.Q + 4 * m.H + 3 * m.b * m.I + inputs(lora, "gate_proj", "up_proj")
+                + inputs(lora, "down_proj"))
 
     own = layer(m.own) + inputs(m.own, "q_proj", "k_proj", "v_proj") + 2 * m.b * m.Q
     across = layer(m.across) + inputs(m.across, "q_proj") + 4 * m.Q
-    looked = inputs(m.across, "k_proj", "v_proj") * casts + 4 * m.K + 2 * m.b * m.Q
+    looked = 4 * m.K + 2 * m.b * m.Q
     return tokens * own, (tokens * across + patches * looked) * bool(patches)
 
 
@@ -181,7 +177,7 @@ def learning(m, image, rows, width, scored, checkpointing, eyes):
     else:
         always["activations of all layers"] = m.selfs * own + m.crosses * across
     logits = (20 + m.b) * chunk * m.V if checkpointing else 12 * scored * m.V + (8 + m.b) * chunk * m.V
-    gradients = max(tokens * 4 * m.I, patches * 2 * m.b * m.Q - tokens * 10 * m.I) + tokens * m.C * (8 + m.b)
+    gradients = max(tokens * m.b * m.I, patches * 2 * m.b * m.Q - tokens * 4 * m.b * m.I) + tokens * m.C * (4 + m.b)
     size = f"{rows} conversations of {width} tokens"
     return {f"scoring {size}": {**always, "logits, copies": logits, "final hidden states": tokens * m.C * (4 + 2 * m.b)},
             f"backward through {size}": {**always, "one layer's activations": max(own, across) * checkpointing,

@@ -155,6 +155,8 @@ class Policy:
         self.value_head = ValueHead(width, value_hidden).to(self.device)
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32  # 16-bit sampling and scoring differ: see rl.py
+        self.adapted = [m for m in self.net.modules() if isinstance(m, LoraLayer)]
+        self._learn()
         self.tokens = {"train": 0, "inference": 0, "train_patches": 0, "inference_patches": 0}
         self._choose_tokens(model)
         self.checkpointing = model.gradient_checkpointing
@@ -312,20 +314,25 @@ class Policy:
         if self.in_rollout:
             yield
             return
-        layers = [m for m in self.net.modules() if isinstance(m, LoraLayer)]
         try:
             self.in_rollout = True
             with torch.no_grad():
-                for layer in layers:
-                    layer.forward = _merged(layer) if self.merge_for_sampling else _light(layer, self.base.dtype)
+                for layer in self.adapted:
+                    layer.forward = _merged(layer) if self.merge_for_sampling else _light(layer, self.base.dtype, True)
             yield
         finally:
             self.in_rollout = False
             if not self.frozen_eyes:
                 self.features.clear()
                 self.cached = 0
-            for layer in layers:
-                vars(layer).pop("forward", None)  # the class's own again
+            self._learn()
+
+    def _learn(self):
+        """LoRA layers follow their weights: in fp32 by peft's own forward, in 16 bits by `_light`."""
+        for layer in self.adapted:
+            vars(layer).pop("forward", None)
+            if not self.exact:
+                layer.forward = _light(layer, self.base.dtype, False)
 
     @torch.no_grad()
     def values(self, prompts):
@@ -500,15 +507,20 @@ def _merged(layer):
     return partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype), bias=base.bias)
 
 
-def _light(layer, dtype):
-    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result; peft's own computes A x
-    and B in fp32 beside it."""
-    base, a = layer.get_base_layer(), layer.lora_A["default"].weight.to(dtype)
-    b = (layer.scaling["default"] * layer.lora_B["default"].weight).to(dtype)
+def _light(layer, dtype, fixed):
+    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result, where peft's own computes
+    A x and B in fp32 beside it. fixed: with the weights of now."""
+    base, a, b = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
+
+    def weights():
+        return a.weight.to(dtype), (layer.scaling["default"] * b.weight).to(dtype).T
+
+    now = weights() if fixed else None
 
     def forward(x):
+        down, up = now or weights()
         out = base(x)
-        out.view(-1, len(b)).addmm_(linear(x, a).reshape(-1, len(a)), b.T)
+        out.view(-1, up.shape[1]).addmm_(linear(x, down).reshape(-1, len(down)), up)
         return out
     return forward
 

@@ -220,6 +220,21 @@ def test_16_bits_start_at_ratio_one(make, settings, temperature):
     assert {p.dtype for n, p in policy.base.named_parameters() if "lora" not in n} == {torch.bfloat16, torch.uint8}
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_lora_in_one_dtype_computes_what_peft_does(policy, fixed):
+    """The same output and, unless fixed, the same gradients of input and adapter."""
+    for layer in policy.adapted[:3] + policy.adapted[-3:]:
+        x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        weights, found = [layer.lora_A["default"].weight, layer.lora_B["default"].weight], []
+        for forward in (layer.forward, vlm._light(layer, torch.float32, fixed)):
+            inputs = x.clone().requires_grad_()
+            out = forward(inputs)
+            found.append([out.detach(), *([] if fixed else torch.autograd.grad(out.square().sum(), [inputs, *weights]))])
+        for one, two in zip(*found):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-4 * float(one.abs().max()))
+        assert not fixed or not torch.equal(found[0][0], layer.get_base_layer()(x))  # the adapter matters
+
+
 # ---------------------------------------------------------------- models that cannot be had
 @pytest.mark.parametrize("error, named", [
     ("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x", "licence is not accepted"),
