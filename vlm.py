@@ -143,8 +143,6 @@ class Policy:
         self.sample_tokens, self.value_detach = model.sample_tokens, value_detach
         torch.manual_seed(seed)
         self.tokenizer, self.image_processor, base, self.eyes = load(model, self.device)
-        if model.dtype != "float32":
-            torch.set_float32_matmul_precision("high")  # LoRA and value head are fp32: TF32 is finer than the base
         self.special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self.parameters = sum(_numel(p) for p in base.parameters())  # N of the FLOP formulas
         language = self.eyes.parts["language"]
