@@ -3,6 +3,7 @@
 Sampling and the update see the same numbers: tokens are sampled from softmax(logits / T) without truncation and
 `score` recomputes exactly that; token ids are kept, text is never re-tokenised. Knows no environment.
 """
+import hashlib
 import logging
 import math
 import os
@@ -460,8 +461,13 @@ class Policy:
         else:
             self.net.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
         save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
-        (folder / "versions.txt").write_text("".join(f"{m.__name__}=={m.__version__}\n"
-                                                     for m in (torch, transformers, peft, bitsandbytes)))
+        (folder / "versions.txt").write_text("".join(f"{m.__name__}=={m.__version__}\n" for m in
+                                                     (torch, transformers, peft, bitsandbytes)) + f"base=={self._digest()}\n")
+
+    def _digest(self):
+        """Of the frozen base, by which an adapter knows its own again wherever it lies: of all norms and biases in 16 bits."""
+        frozen = [p for p in self.base.parameters() if p.dim() == 1 and not p.requires_grad]
+        return hashlib.sha256(torch.cat(frozen).to("cpu", torch.bfloat16).view(torch.int16).numpy()).hexdigest()[:16]
 
     def save_merged(self, folder):
         """A normal model folder with W + s B A in place of W. For a policy without quantization; it is of no further use."""
@@ -481,8 +487,11 @@ class Policy:
                 tuned = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.base.dtype)
                 weights = {n: p.data for n, p in tuned.named_parameters() if n in self.trainable}
             head = load_file(folder / "value_head.safetensors", device=str(self.device))
+            base = re.search("base==(.*)", (folder / "versions.txt").read_text())
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
+        if lora and base and base[1] != self._digest():
+            raise UserError(f"checkpoint {folder} was trained on another base than the one in model.path")
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:
             raise UserError(f"checkpoint {folder} has other {'LoRA' if lora else 'model'} shapes than this configuration "
@@ -508,18 +517,17 @@ def _merged(layer):
 def _light(layer, dtype, fixed):
     """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result, where peft's own computes
     A x and B in fp32 beside it. fixed: with the weights of now."""
-    base, a, b = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"]
+    base, a, b, scale = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
 
     def weights():
-        return a.weight.to(dtype), (layer.scaling["default"] * b.weight).to(dtype).T
+        return a.weight.to(dtype), (scale * b.weight).to(dtype).T
 
     now = weights() if fixed else None
 
     def forward(x):
         down, up = now or weights()
-        out = base(x)
-        out.view(-1, up.shape[1]).addmm_(linear(x, down).reshape(-1, len(down)), up)
-        return out
+        flat = x.reshape(-1, x.shape[-1])  # of more dimensions, a 4-bit layer with a bias would return a view
+        return base(flat).addmm_(linear(flat, down), up).view(*x.shape[:-1], -1)
     return forward
 
 
@@ -541,7 +549,7 @@ def load_state(folder):
     """The state that `save_state` wrote. Raises: UserError if it is missing or damaged."""
     try:
         return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
 
 

@@ -149,9 +149,10 @@ def test_what_the_image_shows_matters(policy, settings):
     assert (a - b).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_adapter_on_the_way_learns(make, turns, checkpointing):
-    policy = make(gradient_checkpointing=checkpointing)
+def test_every_adapter_on_the_way_learns(make, turns, checkpointing, dtype):
+    policy = make(gradient_checkpointing=checkpointing, dtype=dtype)
     policy.score([t.prompt.answered(t.answer) for t in turns[:4]])["logprobs"].sum().backward()
     seen = turns[0].prompt.image is not None
     for name, parameter in policy.trainable.items():
@@ -167,10 +168,11 @@ def test_random_weights_of_that_shape(make, folder, policy, env):
         assert len(turn.prompt.ids) == 30 + 15 * (turn.info["attempt"] - 1) + seen and len(turn.answer) == 6
 
 
-def test_trains_and_resumes_by_yaml(folder, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trains_and_resumes_by_yaml(folder, tmp_path, dtype):
     """sft.py and rl.py, 2 updates at once and as 1 and 1."""
     def call(script, where):
-        script.main([str(PICTURES), f"model.path={folder}", f"run.dir={where}", "model.max_new_tokens=8", "sft.steps=2",
+        script.main([str(PICTURES), f"model.path={folder}", f"run.dir={where}", "model.max_new_tokens=8", f"model.dtype={dtype}", "sft.steps=2",
                      "sft.batch_size=4", "sft.init_step=1", "ppo.init=none", "ppo.updates=2", "ppo.envs=4", "ppo.turns=2",
                      "ppo.epochs=1", "ppo.save_every=1"])
         (arm,) = where.glob(f"{script.__name__}*")
