@@ -96,8 +96,27 @@ def arm_settings(checkpoint, cfg):
     """Arguments of the Policy of a checkpoint's own arm; cfg has what follows this machine and keys newer than the arm."""
     arm, here = yaml.safe_load((checkpoint.parent / "config.yaml").read_text()), vars(cfg.model)
     model = {**here, **arm["model"], **{key: here[key] for key in HERE}}
-    return {"model": SimpleNamespace(**model), "lora": arm["lora"] and SimpleNamespace(**arm["lora"]),
-            "seed": arm["run"]["seed"]}
+    seed = arm["run"]["seed"] if model["random_init"] else 0  # what else the seed draws, the checkpoint replaces
+    return {"model": SimpleNamespace(**model), "lora": arm["lora"] and SimpleNamespace(**arm["lora"]), "seed": seed}
+
+
+class Loader:
+    """The one policy in memory, whatever the runs and arms: made anew for another shape, its weights for another checkpoint."""
+
+    def __init__(self, cfg):
+        self.cfg, self.policy, self.shape, self.loaded = cfg, None, None, None
+
+    def get(self, checkpoint):
+        shape = arm_settings(checkpoint, self.cfg)
+        with within_memory("loading the model", self.cfg):
+            if self.shape != shape:
+                self.policy = self.shape = self.loaded = None  # before the next one needs its memory
+                gc.collect()  # a 4-bit weight and its layer refer to each other
+                self.policy, self.shape = Policy(**shape), shape
+            if self.loaded != checkpoint:
+                self.policy.load(checkpoint, value_head=False)
+                self.loaded = checkpoint
+        return self.policy
 
 
 class Cells:
@@ -106,9 +125,8 @@ class Cells:
     In place of a checkpoint's path there may be the name of a reference policy; it has no temperature (None).
     """
 
-    def __init__(self, cfg, run_dir):
-        self.cfg, self.path = cfg, Path(run_dir) / "evaluations.jsonl"
-        self.policy, self.shape, self.loaded = None, None, None
+    def __init__(self, cfg, run_dir, loader):
+        self.cfg, self.path, self.loader = cfg, Path(run_dir) / "evaluations.jsonl", loader
         self.known, self.shown = {}, set()
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         for line in lines:
@@ -148,18 +166,9 @@ class Cells:
             records = play_reference(self.cfg.env, checkpoint, n, e.seed, e.verify_iters, **changes)
             bar.update(n)
             return records
-        shape = arm_settings(checkpoint, self.cfg)
-        with within_memory("loading the model", self.cfg):
-            if self.shape != shape:
-                self.policy = None  # before the next one needs its memory
-                gc.collect()  # a 4-bit weight and its layer refer to each other
-                self.policy = Policy(**shape)
-                self.shape, self.loaded = shape, None
-            if self.loaded != checkpoint:
-                self.policy.load(checkpoint, value_head=False)
-                self.loaded = checkpoint
+        policy = self.loader.get(checkpoint)
         with within_memory("sampling", self.cfg, "model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false"):
-            return evaluate(self.policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
+            return evaluate(policy, self.cfg.env, n, e.seed, e.verify_iters, temperature, e.batch_size, bar, **changes)
 
 
 # ---------------------------------------------------------------- table
@@ -316,12 +325,13 @@ class Pool:
 
     def __init__(self, cfg, reports, references):
         self.cfg, self.lead, self.runs = cfg, reports[0][2][-1], []  # lead: the metric of the curves
+        loader = Loader(cfg)
         for folder in cfg.eval.runs or [cfg.run.dir]:
             arms = find_arms(folder, cfg.ppo.init)
             gflops = {p: load_state(p)["gflops"] for paths in arms.values() for p in paths}
             budget = gflops[arms["rl"][-1]] if "rl" in arms else None
             table = {arm: [chosen(arm, paths, gflops, budget)] for arm, paths in arms.items()}
-            self.runs.append({"cells": Cells(cfg, folder), "arms": arms, "table": table, "gflops": gflops})
+            self.runs.append({"cells": Cells(cfg, folder, loader), "arms": arms, "table": table, "gflops": gflops})
         self.arms = [a for a in self.runs[0]["table"] if all(a in run["table"] for run in self.runs)]
         for name in cfg.eval.save_merged:
             if name not in self.arms:

@@ -298,6 +298,18 @@ def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
             assert b["metrics"][name][0] == pytest.approx(values[0], abs=1e-3)
 
 
+def test_pooled_runs_share_one_model(main, tmp_path, monkeypatch):
+    """Of other seeds, whose adapters alone differ."""
+    run, folder = main
+    shutil.copytree(folder, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
+    made = []
+    monkeypatch.setattr(evaluation, "Policy", lambda **settings: made.append(settings) or Walker(**settings))
+    run("eval.temperatures=[0]", "eval.curve_n=0", f"eval.runs=[{folder}, {tmp_path / 'other'}]")
+    assert len(made) == 1
+
+
 def test_merged_arms_are_those_of_the_table(main, tmp_path, capsys):
     """In 16 bits on the CPU, whatever the arm ran with; of pooled runs, the first's; in place of what was merged before."""
     run, folder = main
@@ -323,13 +335,15 @@ def test_unknown_arm_to_merge_is_named_before_anything_is_played(main):
 
 def test_arm_keeps_its_own_model_but_for_what_follows_the_machine(cfg, tmp_path):
     """Also one that was trained before some keys existed."""
-    own = {**vars(cfg.model), "path": "its/own", "sample_tokens": 7, "device": "cuda", "image_cache": 99.0}
+    own = {**vars(cfg.model), "max_new_tokens": 5, "path": "its/own", "sample_tokens": 7, "device": "cuda", "image_cache": 99.0}
     for key in ("random_init", "gradient_checkpointing", "memory"):
         del own[key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": own, "lora": {"r": 9}, "run": {"seed": 3}}))
     found = evaluation.arm_settings(tmp_path / "step_1", cfg)
-    assert vars(found["model"]) == {**vars(cfg.model), "path": "its/own"}
-    assert vars(found["lora"]) == {"r": 9} and found["seed"] == 3
+    assert vars(found["model"]) == {**vars(cfg.model), "max_new_tokens": 5}
+    assert vars(found["lora"]) == {"r": 9} and found["seed"] == 0
+    cfg.model.random_init = True  # then the seed makes the base
+    assert evaluation.arm_settings(tmp_path / "step_1", cfg)["seed"] == 3
 
 
 def test_what_never_occurs_is_a_dash(main, toy, capsys):
