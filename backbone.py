@@ -19,11 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from config import ROOT, UserError, find_model
+from config import ROOT, UserError, find_model, out_of_memory
 
 GATE = 0.5  # of random cross-attention layers, which would ignore the image at the usual 0
 
@@ -151,12 +153,16 @@ def load(model, device):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         image_processor = AutoImageProcessor.from_pretrained(shape, backend="pil")  # the same pixels everywhere
-        base = random_base(model, config, device) if model.random_init else \
+        base, found = (random_base(model, config, device), {}) if model.random_init else \
             AutoModelForImageTextToText.from_pretrained(shape, dtype=getattr(torch, model.dtype), device_map={"": device},
                                                         quantization_config=quantization(model, config),
-                                                        attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+                                                        attn_implementation="sdpa", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(_unavailable(model.path, error)) from None
+    if lost := sorted(found.get("missing_keys", ())):  # they would be random
+        raise UserError(f"model.path: the weights of {model.path!r} lack {len(lost)} tensors, such as {lost[0]}")
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights for AVX512 at the first eval forward and then pass no gradient back
@@ -216,6 +222,9 @@ def adapt(base, parts, tune, lora):
                                               target_modules=f"(?={tuned})({lora.target_modules})"))
     except (ValueError, re.error) as error:
         raise UserError(f"lora.target_modules: {one_line(error)}") from None
+    for name, layer in net.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            raise UserError(f"lora.target_modules: {name} is no linear layer")
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -101,7 +101,7 @@ USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "
 # what, though numbers may round otherwise, FLOPs count images encoded again and, with the third line, other answers be drawn
 # from the same distribution. (The first line matters to random weights and plan.py alone.)
 ELSEWHERE = ("model.prompt_tokens", "model.answer_tokens", "model.revision_tokens",
-             "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
+             "model.path", "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
              "model.device", "model.sample_tokens", "model.merge_for_sampling",
              "run.dir", "sft.init_step", "sft.save_every", "ppo.save_every")
 
@@ -170,6 +170,8 @@ def check(raw):
         clean[section] = {key: _check(f"{section}.{key}", given[key], SCHEMA[f"{section}.{key}"]) for key in known}
     if clean["lora"] is None and clean["model"]["quantization"] != "none":
         raise UserError("lora: null tunes all parameters, which needs model.quantization=none")
+    if clean["lora"] is None and clean["model"]["dtype"] != "float32":
+        raise UserError("lora: null tunes the weights themselves, most of whose steps 16 bits would round away: model.dtype=float32")
     if clean["sft"]["init_step"] > clean["sft"]["steps"]:
         raise UserError("sft.init_step: Init is a step of the SFT run, so it cannot exceed sft.steps")
     for section, key in (("eval", "splits"), ("eval", "temperatures"), ("eval", "variants"), ("model", "tune")):
@@ -239,6 +241,12 @@ def run_main(main):
         sys.exit(130)
 
 
+def out_of_memory(error):
+    """Whether an exception says so; torch's differ by device and library, and a full card may fail to start cuBLAS."""
+    return bool(re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED"
+                          "|CUBLAS_STATUS_NOT_INITIALIZED", f"{type(error).__name__} {error}"))
+
+
 @contextmanager
 def within_memory(doing, cfg, *keys):
     """Running out of memory inside, the GPU's or the machine's, becomes a UserError that says what to change.
@@ -248,8 +256,7 @@ def within_memory(doing, cfg, *keys):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError, that of its CPU allocator has no other name
-        what = f"{type(error).__name__} {error}"
-        if not re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED", what):
+        if not out_of_memory(error):
             raise
         ways = []
         for key, _, wanted in (key.partition("=") for key in keys):

@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import rl
 import sft
-from config import UserError, load, run_main, write_atomic
+from config import UserError, load, out_of_memory, run_main, write_atomic
 from rollout import Play, make_env, training_seeds
 from vlm import Policy, peak_memory
 
@@ -217,7 +217,9 @@ def attempt(function, end, record, policy, *arguments):
         return
     try:
         function(record, policy, *arguments)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         record["failed"] = "out of memory"
     except UserError as error:
         record["failed"] = str(error)

@@ -2,6 +2,7 @@
 and, marked slow, the full shape on this CPU."""
 import copy
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from benchmark_card import stored
 from bitsandbytes.nn import Params4bit
 from conftest import PICTURES, ROOT, assert_read_in_parts, play, policies
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import backbone
@@ -266,6 +268,31 @@ def test_damaged_local_model_is_named(tmp_path):
     cfg = load([str(PICTURES), f"model.path={tmp_path}"])[0]
     with pytest.raises(UserError, match="model.path: cannot load"):
         vlm.Policy(cfg.model, cfg.lora)
+
+
+def cut(path):  # an interrupted copy
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def lacking(path):
+    weights = load_file(path)
+    del weights["language_model.model.norm.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def other_shape(path):
+    save_file({**load_file(path), "language_model.lm_head.weight": torch.zeros(3, 3)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage, said", [(cut, "cannot load"), (other_shape, "cannot load"),
+                                          (lacking, "lack 1 tensors, such as model.language_model.norm.weight")])
+def test_damaged_weights_are_named(tmp_path, damage, said):
+    shutil.copytree(ROOT / "mini/gp", tmp_path / "model")
+    damage(tmp_path / "model" / "model.safetensors")
+    cfg = load([str(PICTURES), f"model.path={tmp_path / 'model'}"])[0]
+    with pytest.raises(UserError, match=f"model.path: .*{said}") as error:
+        vlm.Policy(cfg.model, cfg.lora)
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- the full shape

@@ -131,6 +131,7 @@ def test_without_a_file_the_usage_is_shown(arguments):
 def test_tuning_all_parameters_needs_unquantised_weights():
     assert "model.quantization" in refusal("lora=null", "model.quantization=nf4")
     assert load([str(CONFIG), "lora=null", "model.quantization=none"])[0].lora is None
+    assert "model.dtype=float32" in refusal("lora=null", "model.quantization=none", "model.dtype=bfloat16")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
@@ -346,7 +347,9 @@ class OutOfMemoryError(RuntimeError):
 @pytest.mark.parametrize("error", [
     OutOfMemoryError("Tried to allocate 2.00 GiB.\nGPU 0 has"), MemoryError(), RuntimeError("CUDA error: out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8")], ids=repr)
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED")], ids=repr)
 def test_out_of_memory_names_what_to_change(error):
     cfg, *_ = load([str(CONFIG), "ppo.envs=1", "model.sample_tokens=512"])
     keys = ("model.sample_tokens", "ppo.envs", "model.quantization=nf4", "model.merge_for_sampling=false")

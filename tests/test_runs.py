@@ -221,7 +221,8 @@ def test_ctrl_c_in_a_real_process(whole, tmp_path, script, unit, records, kept):
 
 
 def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch):
-    """Moved, and started from another working directory. Its state holds nothing of a device's: no random stream."""
+    """Moved, started from another working directory and with the model elsewhere. Its state holds nothing of a device's: no
+    random stream."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
@@ -229,7 +230,8 @@ def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch)
     (tmp_path / "elsewhere").mkdir()
     after_sft.rename(tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    run("rl", Path("moved"))
+    shutil.copytree(ROOT / "mini" / "gp", "weights")
+    run("rl", Path("moved"), "model.path=./weights")
     assert_same_run(Path("moved/rl"), whole / "rl")
     assert set(torch.load("moved/rl/step_3/trainer.pt", weights_only=True)) == {"optimizer", "tokens", "gflops", "play"}
 
