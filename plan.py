@@ -47,16 +47,23 @@ def known(function, *settings):
     return KNOWN[key]
 
 
+def shape_of(model):
+    """Which key names the folder with the model's shape, and the folder."""
+    path = find_model(model.path)
+    if not model.random_init and os.path.isdir(path):
+        return "model.path", path
+    return "model.shape", find_model(model.shape)
+
+
 def describe(model, lora, value_hidden):
     """What the formulas need: widths and counts, bytes of weights, which projections carry LoRA. Raises: UserError."""
-    path, shape = find_model(model.path), find_model(model.shape)
-    folder = path if not model.random_init and os.path.isdir(path) else shape
+    key, folder = shape_of(model)
     if not os.path.isdir(folder):
         raise UserError(f"model.shape: no folder {model.shape!r}")
     try:
         config, processor = AutoConfig.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:
-        raise UserError(f"model.{'path' if folder == path else 'shape'}: {one_line(error)}") from None
+        raise UserError(f"{key}: {one_line(error)}") from None
     base, names = skeleton(model, config), family(config).parts
     patterns = {"lm_head": "lm_head", "embeddings": ".*embed_tokens", **names, "rest": ""}
     m = Namespace(eyes=family(config)(base, processor), b=base.dtype.itemsize, weights={})
@@ -311,6 +318,7 @@ def main(arguments):
     cfg, _, _ = load(arguments)
     plan = budget(cfg)
     tops, free = peaks(plan), (cfg.model.memory - MARGIN) * GIB
+    print("planned for the shape in {}={}".format(*shape_of(cfg.model)))
     for name, lines in plan.items():
         show(f"{name}, GiB", lines, ("all the time", tops[name][1]) if name in tops else ())
     card = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory / GIB

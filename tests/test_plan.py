@@ -62,7 +62,7 @@ def middle(tmp_path_factory):
 
 EYES = ("model.tune=[language,projector,vision]",
         "lora.target_modules='.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|multi_modal_projector)'")
-FULL = ("lora=null", "model.quantization=none")
+FULL = ("lora=null", "model.quantization=none", "model.dtype=float32")
 DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
 
@@ -333,6 +333,7 @@ def main(capsys, *arguments):
 def test_a_gated_model_is_planned_without_a_download():
     code, out, err = script(LARGE / "gp_vl.yaml")
     assert code == 0 and not err, err
+    assert out.startswith("planned for the shape in model.shape=configs/11b/llama-3.2-11b-vision\n")
     assert "language, nf4" in out and "DOES NOT FIT" not in out and out.count(" fits: ") == 4
     assert "model.memory=24 less 1" in out
 
