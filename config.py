@@ -101,9 +101,9 @@ USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "
 # what, though numbers may round otherwise, FLOPs count images encoded again and, with the third line, other answers be drawn
 # from the same distribution. (The first line matters to random weights and plan.py alone.)
 ELSEWHERE = ("model.prompt_tokens", "model.answer_tokens", "model.revision_tokens",
-             "model.path", "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
+             "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
              "model.device", "model.sample_tokens", "model.merge_for_sampling",
-             "run.dir", "sft.init_step", "sft.save_every", "ppo.save_every")
+             "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every")  # another model is found out on loading
 
 
 class UserError(Exception):
@@ -171,7 +171,7 @@ def check(raw):
     if clean["lora"] is None and clean["model"]["quantization"] != "none":
         raise UserError("lora: null tunes all parameters, which needs model.quantization=none")
     if clean["lora"] is None and clean["model"]["dtype"] != "float32":
-        raise UserError("lora: null tunes the weights themselves, most of whose steps 16 bits would round away: model.dtype=float32")
+        raise UserError("lora: null tunes the weights themselves; 16 bits would round most steps away: model.dtype=float32")
     if clean["sft"]["init_step"] > clean["sft"]["steps"]:
         raise UserError("sft.init_step: Init is a step of the SFT run, so it cannot exceed sft.steps")
     for section, key in (("eval", "splits"), ("eval", "temperatures"), ("eval", "variants"), ("model", "tune")):

@@ -465,7 +465,9 @@ class Policy:
                                                      (torch, transformers, peft, bitsandbytes)) + f"base=={self._digest()}\n")
 
     def _digest(self):
-        """Of the frozen base, by which an adapter knows its own again wherever it lies: of all norms and biases in 16 bits."""
+        """Of the norms and biases of a base under LoRA, by which a checkpoint knows its own again wherever it lies."""
+        if self.net is self.base:
+            return "none: the checkpoint is the whole model"
         frozen = [p for p in self.base.parameters() if p.dim() == 1 and not p.requires_grad]
         return hashlib.sha256(torch.cat(frozen).to("cpu", torch.bfloat16).view(torch.int16).numpy()).hexdigest()[:16]
 
@@ -490,7 +492,7 @@ class Policy:
             base = re.search("base==(.*)", (folder / "versions.txt").read_text())
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
-        if lora and base and base[1] != self._digest():
+        if base and base[1] != self._digest():
             raise UserError(f"checkpoint {folder} was trained on another base than the one in model.path")
         own = {n.replace(".default.", "."): p for n, p in self.trainable.items()}
         if {n: w.shape for n, w in weights.items()} != {n: p.shape for n, p in own.items()}:

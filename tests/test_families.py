@@ -172,9 +172,9 @@ def test_random_weights_of_that_shape(make, folder, policy, env):
 def test_trains_and_resumes_by_yaml(folder, tmp_path, dtype):
     """sft.py and rl.py, 2 updates at once and as 1 and 1."""
     def call(script, where):
-        script.main([str(PICTURES), f"model.path={folder}", f"run.dir={where}", "model.max_new_tokens=8", f"model.dtype={dtype}", "sft.steps=2",
-                     "sft.batch_size=4", "sft.init_step=1", "ppo.init=none", "ppo.updates=2", "ppo.envs=4", "ppo.turns=2",
-                     "ppo.epochs=1", "ppo.save_every=1"])
+        script.main([str(PICTURES), f"model.path={folder}", f"run.dir={where}", "model.max_new_tokens=8",
+                     f"model.dtype={dtype}", "sft.steps=2", "sft.batch_size=4", "sft.init_step=1", "ppo.init=none",
+                     "ppo.updates=2", "ppo.envs=4", "ppo.turns=2", "ppo.epochs=1", "ppo.save_every=1"])
         (arm,) = where.glob(f"{script.__name__}*")
         lines = [json.loads(line) for line in (arm / "metrics.jsonl").read_text().splitlines()]
         return arm, [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_gib")} for line in lines]

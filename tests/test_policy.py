@@ -371,6 +371,15 @@ def test_trainer_state_runs_no_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_checkpoint_of_another_base_is_a_user_error(make_policy, tmp_path):
+    """Of the same shape; the same base elsewhere and in 16 bits is no other."""
+    make_policy(noise=1).save(tmp_path)
+    shutil.copytree(ROOT / "mini/gp", tmp_path / "moved")
+    make_policy(path=str(tmp_path / "moved"), dtype="bfloat16").load(tmp_path)
+    with pytest.raises(UserError, match="another base than the one in model.path"):
+        make_policy(path="mini/virl").load(tmp_path)
+
+
 @pytest.mark.parametrize("model, lora, named", [
     ({"path": "/no/such/folder"}, {}, "model.path"), ({"path": str(ROOT / "tests")}, {}, "model.path"),
     ({}, {"target_modules": "nothing_like_this"}, "lora.target_modules"), ({}, {"target_modules": "("}, "lora.target_modules")])
