@@ -103,7 +103,7 @@ USES = {"sft": ("env", "model", "lora", "sft"), "rl": ("env", "model", "lora", "
 ELSEWHERE = ("model.prompt_tokens", "model.answer_tokens", "model.revision_tokens",
              "model.memory", "model.image_cache", "model.gradient_checkpointing", "sft.micro_tokens", "ppo.micro_tokens",
              "model.device", "model.sample_tokens", "model.merge_for_sampling",
-             "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every")  # another model is found out on loading
+             "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every")  # Policy.load tells another model
 
 
 class UserError(Exception):

@@ -151,8 +151,9 @@ def test_what_the_image_shows_matters(policy, settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_every_adapter_on_the_way_learns(make, turns, checkpointing, dtype):
-    policy = make(gradient_checkpointing=checkpointing, dtype=dtype)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_adapter_on_the_way_learns(make, turns, checkpointing, dtype, device):
+    policy = make(gradient_checkpointing=checkpointing, dtype=dtype, device=device)
     policy.score([t.prompt.answered(t.answer) for t in turns[:4]])["logprobs"].sum().backward()
     seen = turns[0].prompt.image is not None
     for name, parameter in policy.trainable.items():

@@ -404,13 +404,14 @@ def test_score_does_not_use_what_sampling_saw(make_policy):
 
 
 # ---------------------------------------------------------------- which parts learn
-def test_16_bits_learn_in_the_direction_of_32(make_policy, turns):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_16_bits_learn_in_the_direction_of_32(make_policy, turns, device):
     """LoRA computes in 16 bits too, but what learns and its gradients are fp32."""
     found = []
-    for dtype in ("float32", "bfloat16"):
-        policy = make_policy(dtype=dtype)
+    for dtype, where in (("float32", "cpu"), ("bfloat16", device)):
+        policy = make_policy(dtype=dtype, device=where)
         policy.score([s for s, _ in sequences_of(turns, 6)], 0.7)["logprobs"].sum().backward()
-        found.append(torch.cat([p.grad.flatten() for p in policy.trainable.values()]))
+        found.append(torch.cat([p.grad.cpu().flatten() for p in policy.trainable.values()]))
     assert found[1].dtype == torch.float32 and torch.cosine_similarity(*found, dim=0) > 0.99
 
 
