@@ -174,7 +174,7 @@ def load(model, device):
 
 def _unavailable(path, error):
     """Why a model cannot be had and what to do, in one line."""
-    if os.path.isdir(find_model(path)):
+    if os.path.isdir(find_model(path)) or isinstance(error, (RuntimeError, SafetensorError)):  # it was there
         return f"model.path: cannot load {path!r}: {one_line(error)}"
     gated = "gated" in str(error) or "401" in str(error) or "403" in str(error)
     return (f"model.path: cannot load {path!r}: " + ("its licence is not accepted with this login" if gated else
