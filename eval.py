@@ -23,9 +23,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from config import ELSEWHERE, UserError, checkpoints, load, run_main, within_memory, write_atomic, written_whole
+from lib.runs import checkpoints, write_atomic, written_whole
+from lib.settings import ELSEWHERE, UserError, load, run_main, within_memory
+from lib.training import load_state
+from policy import Policy
 from rollout import evaluate, make_env, play_reference
-from vlm import Policy, load_state
 
 RESAMPLES = 2000
 CURVE_POINTS = 8  # checkpoints of an arm that its curve shows

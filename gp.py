@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate, combinations, combinations_with_replacement
 from math import comb, factorial, prod
 
-import cards
+from scenery import cards
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 RULES = {"ten": {"J": 10, "Q": 10, "K": 10}, "face": {"J": 11, "Q": 12, "K": 13}}

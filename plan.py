@@ -16,7 +16,13 @@ import re
 import sys
 from types import SimpleNamespace as Namespace
 
-from vlm import LOGITS, PATCHES, ValueHead, read_at_once  # first of these: it silences the libraries
+from policy import LOGITS, PATCHES, ValueHead  # first of these: it sets up the libraries
+from lib.batching import read_at_once
+from lib.families import family
+from lib.loading import adapt
+from lib.random_weights import skeleton
+from lib.settings import UserError, find_model, load, one_line, run_main
+from rollout import make_env
 
 import torch
 from accelerate import init_empty_weights
@@ -25,9 +31,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from backbone import adapt, family, one_line, skeleton
-from config import UserError, find_model, load, run_main
-from rollout import make_env
 
 GIB, MARGIN = 2**30, 1.0  # GiB kept for the CUDA context and for gaps between blocks
 BESIDE = ("sample_tokens", "merge_for_sampling", "gradient_checkpointing", "memory", "image_cache")  # not the model's shape

@@ -24,9 +24,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import Run, UserError, load, run_main, within_memory
+from lib.batching import micro_batches, minibatches, sequences_of
+from lib.runs import Run
+from lib.settings import UserError, load, run_main, within_memory
+from lib.training import learning_rate, load_state, peak_memory, save_state
+from policy import Policy
 from rollout import Play, make_env, training_seeds
-from vlm import Policy, learning_rate, load_state, micro_batches, pack, peak_memory, save_state
 
 
 # ---------------------------------------------------------------- the maths, pure
@@ -93,31 +96,6 @@ def token_weights(policy, turn, key, weight):
             low, high = (low, middle) if key in policy.decode(turn.answer[:middle + 1]) else (middle + 1, high)
         weights[:low] = weight
     return weights
-
-
-def sequences_of(turns, slots):
-    """Conversations in the fewest passes: [(Sequence, turn indices)], turns of a table in time order."""
-    packed = []
-    for slot in range(slots):
-        mine = [i for i, t in enumerate(turns) if t.slot == slot]
-        packed += [(s, [mine[m] for m in members]) for s, members in pack([(turns[i].prompt, turns[i].answer)
-                                                                           for i in mine])]
-    return packed
-
-
-def minibatches(packed, turns):
-    """Successive groups of packed conversations with at least `turns` turns each; a small rest joins the last."""
-    groups, count = [[]], 0
-    for item in packed:
-        if count >= turns:
-            groups.append([])
-            count = 0
-        groups[-1].append(item)
-        count += len(item[1])
-    if len(groups) > 1 and 2 * count < turns:
-        rest = groups.pop()
-        groups[-1] += rest
-    return groups
 
 
 @torch.no_grad()

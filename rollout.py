@@ -8,8 +8,8 @@ import torch
 
 import gp
 import virl
-from config import UserError, nearest
-from vlm import Sequence
+from lib.batching import Sequence
+from lib.settings import UserError, nearest
 
 ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}
 EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it

@@ -16,9 +16,12 @@ import time
 import torch
 from tqdm import tqdm
 
-from config import Run, UserError, load, run_main, within_memory
+from lib.batching import micro_batches
+from lib.runs import Run
+from lib.settings import UserError, load, run_main, within_memory
+from lib.training import learning_rate, load_state, peak_memory, save_state
+from policy import Policy
 from rollout import make_env, training_seeds
-from vlm import Policy, learning_rate, load_state, micro_batches, peak_memory, save_state
 
 
 def example(env, seed, mistakes):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import streets
-from routes import COMPASS, SIDES, SPLITS, need, octant, panoramas_of, read_routes, split_route, stream, turn_word
+from scenery import streets
+from scenery.routes import COMPASS, SIDES, SPLITS, need, octant, panoramas_of, read_routes, split_route, stream, turn_word
 
 TURNS = ("left", "right", "slightly left", "slightly right")
 RULES = {"absolute": COMPASS, "relative": TURNS}  # what turn_direction() takes: trained on, rule OOD

@@ -3,9 +3,8 @@ import random
 
 import torch
 
-import routes
-import streets
 import virl
+from scenery import routes, streets
 
 
 def phrases():

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "mini" / "gp_l.yaml"
 PICTURES = CONFIG.with_name("gp_vl.yaml")
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 
 # ---------------------------------------------------------------- markers
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def loaded():
     """(cfg, raw) of the shipped mini configuration; use the fixtures below, which hand out copies."""
-    import config
+    from lib import settings as config
     return config.load([str(CONFIG)])[:2]
 
 
@@ -60,7 +60,7 @@ def policies(cfg):
     """Factory of mini policies of a configuration (NF4, fp32). Untrained LoRA is the identity and an untrained value head
     is 0, which would hide mistakes, so both get random weights that depend on `noise` alone (0: leave them)."""
     import torch
-    from vlm import Policy
+    from policy import Policy
 
     def make(noise=1, seed=0, value_detach=True, full=False, **model):
         settings = copy.deepcopy(cfg)
@@ -101,13 +101,13 @@ def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
 def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
     """Sampled answers are the same when `rows` prompts are read at a time, which takes so many `parts`."""
     import torch
-    import vlm
+    from lib import batching
     width, read, calls = max(len(p.ids) for p in prompts), policy._look, []
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     monkeypatch.setattr(policy, "_look", lambda *arguments: calls.append(1) or read(*arguments))
     several = []
     for states in (10**9, rows * width * policy.base.lm_head.in_features):
-        monkeypatch.setattr(vlm, "STATES", states)
+        monkeypatch.setattr(batching, "STATES", states)
         several.append(policy.sample(prompts, 0.7, torch.Generator().manual_seed(0)))
     assert len(calls) == 1 + parts
     for one, two in zip(*several):

@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-import backbone
+from lib import loading, random_weights, training
 import plan
 import rl
 import sft
-import vlm
-from config import UserError, load
-from rl import sequences_of
+import policy as policy_module
+from lib.settings import UserError, load
+from lib.batching import sequences_of
 from rollout import make_env
-from vlm import Sequence
+from lib.batching import Sequence
 
 SHIPPED = ROOT / "configs/11b"
 TEXT = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -74,7 +74,7 @@ def turns(policy, settings):
 def test_the_11b_shape_is_exact():
     """The published weights are 21,340,441,670 bytes in 16 bits; 1601 patches per tile of 560 pixels, llama3 rotary angles."""
     model = load([str(SHIPPED / "gp_vl.yaml")])[0].model
-    base = backbone.skeleton(model, AutoConfig.from_pretrained(ROOT / model.shape))
+    base = random_weights.skeleton(model, AutoConfig.from_pretrained(ROOT / model.shape))
     assert 2 * sum(p.numel() for p in base.parameters()) == 21_340_441_670
     assert all(p.device.type == "meta" for p in base.parameters())
     assert base.model.vision_model.num_patches == 1601 and base.config.vision_config.max_num_tiles == 4
@@ -87,7 +87,7 @@ def test_the_11b_shape_is_exact():
 
 
 def test_random_weights_take_that_shape(policy, shape):
-    plain = backbone.skeleton(copy.copy(load([str(SHIPPED / "gp_vl.yaml")])[0].model), AutoConfig.from_pretrained(shape))
+    plain = random_weights.skeleton(copy.copy(load([str(SHIPPED / "gp_vl.yaml")])[0].model), AutoConfig.from_pretrained(shape))
     assert policy.parameters == sum(p.numel() for p in plain.parameters())
     layer = policy.base.model.language_model.layers[0].mlp.up_proj.base_layer
     assert isinstance(layer.weight, Params4bit) and layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested
@@ -185,10 +185,10 @@ def test_ratio_is_one_before_the_first_step(policy, turns):
         assert abs((out["logprobs"][out["turn"] == place] - turns[index].logprobs).sum().exp() - 1) < 1e-4
 
 
-@pytest.mark.parametrize("logits", [vlm.LOGITS, 512 * 7], ids=["at once", "7 at a time"])
+@pytest.mark.parametrize("logits", [policy_module.LOGITS, 512 * 7], ids=["at once", "7 at a time"])
 def test_checkpointing_and_chunks_change_no_number(make, turns, monkeypatch, logits):
     plain, wanted = gradients(make(gradient_checkpointing=False), turns)
-    monkeypatch.setattr(vlm, "LOGITS", logits)
+    monkeypatch.setattr(policy_module, "LOGITS", logits)
     policy = make(gradient_checkpointing=True)
     out, found = gradients(policy, turns)
     torch.testing.assert_close(out["logprobs"], plain["logprobs"], rtol=0, atol=1e-5)
@@ -228,7 +228,7 @@ def test_lora_in_one_dtype_computes_what_peft_does(policy, fixed):
     for layer in policy.adapted[:3] + policy.adapted[-3:]:
         x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
         weights, found = [layer.lora_A["default"].weight, layer.lora_B["default"].weight], []
-        for forward in (layer.forward, vlm._light(layer, torch.float32, fixed)):
+        for forward in (layer.forward, policy_module._light(layer, torch.float32, fixed)):
             inputs = x.clone().requires_grad_()
             out = forward(inputs)
             found.append([out.detach(), *([] if fixed else torch.autograd.grad(out.square().sum(), [inputs, *weights]))])
@@ -246,10 +246,10 @@ def test_lora_in_one_dtype_computes_what_peft_does(policy, fixed):
 def test_missing_or_gated_model_is_one_line_that_says_what_to_do(monkeypatch, error, named):
     def refuse(*_, **__):
         raise OSError(error)
-    monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
     cfg = load([str(SHIPPED / "gp_l.yaml"), "model.device=cpu"])[0]
     with pytest.raises(UserError) as caught:
-        vlm.Policy(cfg.model, cfg.lora)
+        policy_module.Policy(cfg.model, cfg.lora)
     line = str(caught.value)
     assert "\n" not in line and named in line
     for word in ("model.path", "licence", "hf auth login", "local folder", "EU", "Qwen/", "model.random_init=true"):
@@ -260,14 +260,14 @@ def test_missing_or_gated_model_is_one_line_that_says_what_to_do(monkeypatch, er
 def test_a_slip_in_a_local_path_does_not_ask_the_hub(path):
     cfg = load([str(PICTURES), f"model.path={path}"])[0]
     with pytest.raises(UserError, match=f"no folder '{path}'"):
-        vlm.Policy(cfg.model, cfg.lora)
+        policy_module.Policy(cfg.model, cfg.lora)
 
 
 def test_damaged_local_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     cfg = load([str(PICTURES), f"model.path={tmp_path}"])[0]
     with pytest.raises(UserError, match="model.path: cannot load"):
-        vlm.Policy(cfg.model, cfg.lora)
+        policy_module.Policy(cfg.model, cfg.lora)
 
 
 def cut(path):  # an interrupted copy
@@ -291,7 +291,7 @@ def test_damaged_weights_are_named(tmp_path, damage, said):
     damage(tmp_path / "model" / "model.safetensors")
     cfg = load([str(PICTURES), f"model.path={tmp_path / 'model'}", "model.quantization=none"])[0]
     with pytest.raises(UserError, match=f"model.path: .*{said}") as error:
-        vlm.Policy(cfg.model, cfg.lora)
+        policy_module.Policy(cfg.model, cfg.lora)
     assert "\n" not in str(error.value)
 
 
@@ -302,7 +302,7 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
     tensors are as large as plan.py says. Ten minutes on two cores."""
     cfg = load([str(SHIPPED / "gp_vl.yaml"), "model.random_init=true", "model.device=cpu", "model.prompt_tokens=40",
                 "model.answer_tokens=3"])[0]
-    policy = vlm.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
+    policy = policy_module.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
     assert 2 * policy.parameters == 21_340_441_670
     planned, held = plan.budget(cfg)["weights"], Counter()
     for name, parameter in policy.base.named_parameters():
@@ -322,4 +322,4 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
     assert len(learns) == 40 * 7 and all(p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in learns.values())
     optimizer.step()
     assert all(p.abs().max() > 0 for p in learns.values())
-    assert vlm.peak_memory(policy.device) < 24
+    assert training.peak_memory(policy.device) < 24

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-import cards
-from cards import RANKS, SUITS, draw_card, draw_table
+from scenery import cards
+from scenery.cards import RANKS, SUITS, draw_card, draw_table
 
 ROOT = Path(cards.__file__).resolve().parent
 PACK = [(rank, suit) for rank in RANKS for suit in SUITS]

@@ -13,7 +13,7 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
-from config import UserError
+from lib.settings import UserError
 from rollout import Play, counts, evaluate, make_env, play_reference
 
 

@@ -13,11 +13,12 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 import rl
 import sft
-from backbone import FAMILIES
-from config import UserError, load
-from rl import sequences_of
+from lib.families import FAMILIES
+from lib.settings import UserError, load
+from lib.batching import sequences_of
 from rollout import make_env
-from vlm import Policy, Sequence
+from lib.batching import Sequence
+from policy import Policy
 
 TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
 TEXT = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -18,9 +18,10 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import plan
-import vlm
-from config import UserError, load
-from vlm import Policy, Sequence
+from lib import batching
+from lib.settings import UserError, load
+from lib.batching import Sequence
+from policy import Policy
 
 LARGE = ROOT / "configs" / "11b"
 GIB = 2**30
@@ -203,7 +204,7 @@ def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, 
     """Beside the caches of all; pictures were seen before."""
     policy, m = middle(shape)
     image = size and Image.new("RGB", size)
-    monkeypatch.setattr(vlm, "STATES", part * width * m.C)
+    monkeypatch.setattr(batching, "STATES", part * width * m.C)
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
     prompts = [replace(p, ids=[policy.filler, policy.eyes.token, *p.ids[2:]], image=image) if size else p for p in prompts]

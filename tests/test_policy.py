@@ -19,10 +19,12 @@ from transformers import AutoModelForImageTextToText
 import gp
 import rl
 import sft
-from config import UserError
-from rl import sequences_of, token_weights
+from lib.settings import UserError
+from lib.batching import sequences_of
+from rl import token_weights
 from rollout import Play, evaluate, make_env, training_seeds
-from vlm import Sequence, load_state, save_state
+from lib.batching import Sequence
+from lib.training import load_state, save_state
 
 pretrain = importlib.import_module("mini.pretrain")
 corpus = importlib.import_module("mini.corpus_gp")
@@ -384,7 +386,7 @@ def test_checkpoint_of_another_base_is_a_user_error(make_policy, tmp_path):
     ({"path": "/no/such/folder"}, {}, "model.path"), ({"path": str(ROOT / "tests")}, {}, "model.path"),
     ({}, {"target_modules": "nothing_like_this"}, "lora.target_modules"), ({}, {"target_modules": "("}, "lora.target_modules")])
 def test_model_that_cannot_be_built_is_a_user_error(cfg, model, lora, named):
-    from vlm import Policy
+    from policy import Policy
     vars(cfg.model).update(model)
     vars(cfg.lora).update(lora)
     with pytest.raises(UserError, match=named) as error:
@@ -495,7 +497,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
 
 
 def test_no_training_seed_reaches_the_evaluation_seeds():
-    from config import SCHEMA
+    from lib.settings import SCHEMA
     from rollout import EVAL_SEEDS
     highest = SCHEMA["run.seed"][2]
     assert next(training_seeds(highest)) + 10**9 < EVAL_SEEDS

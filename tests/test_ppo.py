@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
-from config import UserError
+from lib.settings import UserError
 from eval import cluster_weights, differences, interval
-from rl import gae, minibatches, ppo_loss, token_weights
-from vlm import Sequence, learning_rate, micro_batches, pack, token_logprobs
+from lib.batching import minibatches
+from rl import gae, ppo_loss, token_weights
+from lib.batching import Sequence, micro_batches, pack
+from lib.training import learning_rate
+from policy import token_logprobs
 
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 T, F = True, False

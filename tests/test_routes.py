@@ -12,8 +12,8 @@ from itertools import count
 import pytest
 from PIL import Image
 
-import routes
-import streets
+from scenery import routes
+from scenery import streets
 
 COMPASS = "north northeast east southeast south southwest west northwest".split()
 TURNS = ["left", "right", "slightly left", "slightly right"]

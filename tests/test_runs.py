@@ -21,10 +21,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval as evaluation
 import rl
 import sft
-from config import Run, UserError, checkpoints
-from config import override as override_one
+from lib.runs import Run, checkpoints
+from lib.settings import UserError
+from lib.settings import override as override_one
 from rollout import make_env
-from vlm import Policy
+from policy import Policy
 
 TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8", "ppo.init=sft/step_2", "ppo.updates=3",
         "ppo.save_every=1", "ppo.temperature=0.7", "ppo.envs=6", "ppo.turns=2", "ppo.minibatch=4", "ppo.epochs=2",

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import streets
-from streets import CATEGORIES, CITIES, Scene, Sign, street_views
+from scenery import streets
+from scenery.streets import CATEGORIES, CITIES, Scene, Sign, street_views
 
 ROOT = Path(streets.__file__).resolve().parent
 CACHES = [f for f in vars(streets).values() if hasattr(f, "cache_clear")]

@@ -21,8 +21,8 @@ from PIL import Image
 from test_routes import (COMPASS, FAR, SIDES, SIZES, STOPS, TURNS, between, blocks, degrees_apart, entry, geocode,
                          metres, milestones, nearest, official, saved, turn, vector)  # noqa: F401
 
-import routes
-import streets
+from scenery import routes
+from scenery import streets
 import virl
 from virl import Navigation
 

@@ -14,14 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_policy import alone, greedy, sft_batch, tensors, update
 
-import config
+from lib import settings as config
 import gp
 import rl
 import sft
-from config import UserError
-from rl import sequences_of, token_weights
+from lib.settings import UserError
+from lib.batching import sequences_of
+from rl import token_weights
 from rollout import Play, evaluate, make_env, play_reference, training_seeds
-from vlm import Sequence, pack
+from lib.batching import Sequence, pack
 
 PATCHES = 65  # of one image: 8 x 8 of 14 pixels, and the class token
 PARTS = {"language": ("language_model", "lm_head"), "projector": ("multi_modal_projector",), "vision": ("vision_model",)}
@@ -474,7 +475,7 @@ def test_bad_tune_is_a_user_error(value):
 
 
 def test_adapters_that_meet_no_tuned_part_are_a_user_error(cfg):
-    from vlm import Policy
+    from policy import Policy
     cfg.model.tune, cfg.lora.target_modules = ["projector"], r".*language_model.*\.q_proj"
     with pytest.raises(UserError, match="lora.target_modules") as error:
         Policy(cfg.model, cfg.lora)

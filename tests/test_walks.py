@@ -10,7 +10,7 @@ import torch
 from conftest import CONFIG, policies
 from test_runs import assert_same_run, lines, log, run, stop_after
 
-import config
+from lib import settings as config
 import virl
 from rollout import EVAL_SEEDS, make_env
 

@@ -4,44 +4,34 @@ Sampling and the update see the same numbers: tokens are sampled from softmax(lo
 `score` recomputes exactly that; token ids are kept, text is never re-tokenised. Knows no environment.
 """
 import hashlib
-import logging
-import math
-import os
-import pickle
 import re
-import resource
-import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-# lengths that vary would fragment a full card; read once, when the import of bitsandbytes starts CUDA
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-for _library in ("transformers", "bitsandbytes"):  # their chatter, from the import on, hides our own lines
-    logging.getLogger(_library).setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+# ours first: lib sets up the libraries before they start
+from lib.batching import Sequence, micro_batches, read_at_once
+from lib.families import positions
+from lib.loading import adapt, load
+from lib.lora import _light, _merged
+from lib.random_weights import spellable
+from lib.settings import UserError, one_line
 
-import bitsandbytes  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from bitsandbytes.functional import dequantize_4bit  # noqa: E402
-from peft.tuners.lora import LoraLayer  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.nn.functional import linear  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
-
-from backbone import adapt, load, one_line, positions, spellable  # noqa: E402
-from config import UserError  # noqa: E402
+import bitsandbytes
+import peft
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForImageTextToText
 
 transformers.utils.logging.disable_progress_bar()
 
 LOGITS = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
 DATE = "26 Jul 2024"  # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 PATCHES = 2**14  # image patches that are encoded at once where no gradient needs them
-STATES = 2**25  # numbers in the hidden states of prompts that a rollout reads at once: about 8192 tokens of the 11B
 
 
 @dataclass
@@ -50,51 +40,6 @@ class Answer:
     ids: list
     logprobs: torch.Tensor
     value: float
-
-
-@dataclass
-class Sequence:
-    """Token ids of one conversation, the image they speak of, and the half-open spans [start, end) of answers to score."""
-    ids: list
-    spans: list
-    image: object = None  # PIL image or None
-
-    def answered(self, answer):
-        """This conversation and one more answer (ids)."""
-        return replace(self, ids=self.ids + answer, spans=[*self.spans, (len(self.ids), len(self.ids) + len(answer))])
-
-
-def pack(turns):
-    """Join (prompt, answer ids) of successive turns into as few Sequences as possible; a prompt is a Sequence.
-
-    A turn whose prompt extends the previous prompt + answer shares its Sequence, so that a conversation is read, and its
-    image looked at, once.
-    Returns: list of (Sequence, indices of its turns). Order is kept.
-    """
-    packed = []
-    for index, (prompt, answer) in enumerate(turns):
-        before, members = packed[-1] if packed else (None, [])
-        if before and prompt.image is before.image and prompt.ids[:len(before.ids)] == before.ids:
-            packed[-1] = replace(prompt, spans=before.spans).answered(answer), [*members, index]
-        else:
-            packed.append((prompt.answered(answer), [index]))
-    return packed
-
-
-def micro_batches(items, max_tokens):
-    """Groups of (Sequence, ...) items of like length whose padded size is at most max_tokens (or one item each)."""
-    groups = []
-    for item in sorted(items, key=lambda item: len(item[0].ids)):  # ascending: the newest item sets the width
-        if groups and (len(groups[-1]) + 1) * len(item[0].ids) <= max_tokens:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return groups
-
-
-def read_at_once(rows, width, channels):
-    """How many of `rows` prompts of `width` tokens are read at once: even parts of about STATES."""
-    return math.ceil(rows / math.ceil(rows * width * channels / STATES))
 
 
 def token_logprobs(logits, ids, temperature=1.0):
@@ -505,61 +450,6 @@ class Policy:
                 self.value_head.load_state_dict(head)
             except RuntimeError:
                 raise UserError(f"checkpoint {folder} has another value head than ppo.value_hidden") from None
-
-
-def _merged(layer):
-    """Forward of a LoRA layer as one matmul with W + s B A, where a 4-bit layer has a dequantisation and three: faster, but
-    a dense copy of W."""
-    base = layer.get_base_layer()
-    state = getattr(base.weight, "quant_state", None)
-    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
-    return partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype), bias=base.bias)
-
-
-def _light(layer, dtype, fixed):
-    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result, where peft's own computes
-    A x and B in fp32 beside it. fixed: with the weights of now."""
-    base, a, b, scale = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
-
-    def weights():
-        return a.weight.to(dtype), (scale * b.weight).to(dtype).T
-
-    now = weights() if fixed else None
-
-    def forward(x):
-        down, up = now or weights()
-        flat = x.reshape(-1, x.shape[-1])  # of more dimensions, a 4-bit layer with a bias would return a view
-        return base(flat).addmm_(linear(flat, down), up).view(*x.shape[:-1], -1)
-    return forward
-
-
-def learning_rate(step, steps, peak, schedule, warmup=0):
-    """Learning rate of a step: linear warm-up over `warmup` steps, then constant or cosine to 1e-9."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule == "constant":
-        return peak
-    return 1e-9 + 0.5 * (peak - 1e-9) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def save_state(folder, state):
-    """Optimiser, RNG and environment state of a checkpoint, in a form that `weights_only` loads."""
-    torch.save(state, folder / "trainer.pt")
-
-
-def load_state(folder):
-    """The state that `save_state` wrote. Raises: UserError if it is missing or damaged."""
-    try:
-        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
-
-
-def peak_memory(device):
-    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _numel(parameter):

@@ -1,6 +1,6 @@
 """Memory and speed of whole configurations on one GPU that is made to look like a smaller card.
 
-    python tests/benchmark_card.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...] [--json FILE] [--cap 24] [--turns N]
+    python tools/benchmark_card.py CONFIG.yaml [CONFIG.yaml ...] [key=value ...] [--json FILE] [--cap 24] [--turns N]
                                    [--batches 1,4,16,32,64] [--seconds 450]
 
 Overrides (model.random_init=true) go to every configuration. Successive ones share a model if they differ in no key of
@@ -56,9 +56,11 @@ from tqdm import tqdm
 
 import rl
 import sft
-from config import UserError, load, out_of_memory, run_main, write_atomic
+from lib.runs import write_atomic
+from lib.settings import UserError, load, out_of_memory, run_main
 from rollout import Play, make_env, training_seeds
-from vlm import Policy, peak_memory
+from lib.training import peak_memory
+from policy import Policy
 
 GIB = 2**30
 

@@ -254,7 +254,7 @@ def draw_table(cards, width, height, jitter=None):
 
 def main():
     """Contact sheets: docs/cards.png, the pack; docs/tables.png, tables as the models see them."""
-    docs = Path(__file__).resolve().parent / "docs"
+    docs = Path(__file__).resolve().parent.parent / "docs"
     pack = Image.new("RGB", (13 * 100 + 10, 4 * 136 + 10), TABLE)
     for row, suit in enumerate(SUITS):
         for column, rank in enumerate(RANKS):

@@ -561,7 +561,7 @@ def main():
         x, y = 540 + 152 * (k % 5), 1362 + 112 * (k // 5)
         _paint(draw, icon, x, y, .36, (ink, (255, 255, 255)))
         draw.text((x, y + 50), category, ink, _font(15), "mm")
-    sheet.save(Path(__file__).resolve().parent / "docs" / "cities.png", optimize=True)
+    sheet.save(Path(__file__).resolve().parent.parent / "docs" / "cities.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast a rollout and an update are, against one answer at a time and against a bare batched `generate`.
 
-    python tests/benchmark.py CONFIG.yaml [key=value ...] [--json FILE]
+    python tools/benchmark.py CONFIG.yaml [key=value ...] [--json FILE]
 
 The configuration's policy (bare base, fresh LoRA) plays its environment in three ways; turns/s are compared:
 
@@ -35,9 +35,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import rl  # noqa: E402
-from config import ROOT, UserError, load, run_main  # noqa: E402
+from lib import batching  # noqa: E402
+from lib.settings import ROOT, UserError, load, run_main  # noqa: E402
 from rollout import Play, make_env, training_seeds  # noqa: E402
-from vlm import Answer, Policy, peak_memory  # noqa: E402
+from lib.training import peak_memory  # noqa: E402
+from policy import Answer, Policy  # noqa: E402
 
 ROUNDS = 3
 REFERENCE_TURNS = 24  # of one at a time; ppo.turns at each of fewer tables, so that prompts grow alike
@@ -95,7 +97,7 @@ class Benchmark:
         turns, rollout = self.library_rollout(plays, ppo)
         turns = [replace(turn, slot=slot) for slot, turn in enumerate(turns)]  # a slot each: never packed together
         single = SimpleNamespace(**{**vars(ppo), "envs": len(turns), "turns": 1, "micro_tokens": 1})  # a pass each
-        packed = rl.sequences_of(turns, len(turns))
+        packed = batching.sequences_of(turns, len(turns))
         for turn, logprobs in zip(turns, rl.reference_logprobs(self.policy, packed, 1, ppo.temperature)):
             turn.logprobs = logprobs
         rewards = torch.tensor([turn.reward for turn in turns]) * ppo.reward_scale  # in place of GAE: same work

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import streets
+from scenery import streets
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")  # clockwise

@@ -1,0 +1,103 @@
+"""One language for what a setting accepts, spoken by the schema of the YAML and by the environments' own settings.
+
+A check is a function of a value that returns it, in the type that is wanted, or raises a ValueError whose text reads on
+from the setting's name: "ppo.clip: 'x' is not a number". No torch in this file.
+"""
+import difflib
+
+INF = float("inf")
+
+
+def nearest(name, names):
+    """' (did you mean X?)' for the closest valid name, or ''."""
+    close = difflib.get_close_matches(str(name), names, 1, 0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _between(value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{value} is not between {low} and {high}")
+    return value
+
+
+def whole(low=-INF, high=INF):
+    """A whole number from low to high."""
+    def check(value):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{value!r} is not a whole number")
+        return _between(value, low, high)
+    return check
+
+
+def number(low=-INF, high=INF):
+    """A number from low to high, as a float. YAML reads 1e-6 as text: that counts, too."""
+    def check(value):
+        try:
+            converted = float(value) if isinstance(value, (int, float, str)) else None
+        except (ValueError, OverflowError):
+            converted = None
+        if converted is None or isinstance(value, bool):
+            raise ValueError(f"{value!r} is not a number")
+        return _between(converted, low, high)
+    return check
+
+
+def _instance(kind, name):
+    def check(value):
+        if not isinstance(value, kind):
+            raise ValueError(f"{value!r} is not {name}")
+        return value
+    return check
+
+
+text = _instance(str, "text")
+flag = _instance(bool, "true or false")
+mapping = _instance(dict, "a mapping")
+
+
+def choice(*names):
+    """One of the names."""
+    def check(value):
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(f"{value!r} is none of {', '.join(names)}")
+        return value
+    return check
+
+
+def optional(accepts):
+    """null, or what `accepts` does."""
+    return lambda value: None if value is None else accepts(value)
+
+
+def list_of(accepts, length=None):
+    """A list of items that `accepts` takes, of any length or the one given."""
+    def check(value):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{value!r} is not a list")
+        if length is not None and len(value) != length:
+            raise ValueError(f"{value!r} has not {length} items")
+        return [accepts(item) for item in value]
+    return check
+
+
+def mapping_of(accepts):
+    """Free names, each with a value that `accepts` takes; a name is added to what is wrong with its value."""
+    def check(value):
+        return {str(name): checked(name, item, accepts) for name, item in mapping(value).items()}
+    return check
+
+
+def checked(name, value, accepts):
+    """accepts(value). Raises: ValueError that starts with the setting's name."""
+    try:
+        return accepts(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_settings(settings, schema, prefix=""):
+    """All settings checked against {name: check}. Raises: ValueError for one that is unknown or wrong."""
+    for name in settings:
+        if name not in schema:
+            raise ValueError(f"unknown key {prefix}{name}{nearest(name, schema)}")
+    return {name: checked(f"{prefix}{name}", value, schema[name]) for name, value in settings.items()}

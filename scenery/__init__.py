@@ -1,0 +1,1 @@
+"""What draws and generates the scenery of the two environments: no torch."""
