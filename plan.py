@@ -11,15 +11,16 @@ Held to the allocations of mid-sized Mllamas on a CPU: 3 % below to 12 % above t
 differ a little (workspaces, rounding, masks, batches of few rows not taken out of 4 bits); other families are estimates.
 Letters: b bytes per number of model.dtype; C, I, Q, K widths of hidden states, MLP, queries and keys; V vocabulary.
 """
+import math
 import os
 import re
 import sys
 from types import SimpleNamespace as Namespace
 
-from policy import LOGITS, PATCHES, ValueHead  # first of these: it sets up the libraries
-from lib.batching import read_at_once
-from lib.families import family
-from lib.loading import adapt
+from policy import LOGITS_AT_ONCE as LOGITS, STATES_AT_ONCE, ValueHead  # first: it sets up the libraries
+from lib.families import family_of as family
+from lib.images import PATCHES_AT_ONCE as PATCHES
+from lib.lora import add_lora as adapt
 from lib.random_weights import skeleton
 from lib.settings import UserError, find_model, load, one_line, run_main
 from rollout import make_env
@@ -105,11 +106,15 @@ def picture(eyes, env, verify_iters):
     image = make_env(env, verify_iters).reset(0)[0]["image"]
     if image is None:
         return Namespace(patches=0, tower=0, tokens=0)
-    return Namespace(patches=eyes.patches(image), tower=eyes.tower_patches(image),
-                     tokens=len(eyes.expand([eyes.token], image)) - 1)
+    return Namespace(patches=eyes.image_patches(image), tower=eyes.tower_patches(image),
+                     tokens=len(eyes.expand_image_tokens([eyes.image_token], image)) - 1)
 
 
 # ---------------------------------------------------------------- moments: {moment: {what: bytes}}
+def read_at_once(rows, width, channels):
+    return math.ceil(rows / math.ceil(rows * width * channels / STATES_AT_ONCE))
+
+
 def reading(m, tokens, patches):
     """Bytes of the largest layer, beside its cache, when `tokens` are read without a gradient and look at `patches`."""
     mlp = m.b * m.I * 3

@@ -73,7 +73,7 @@ def ppo_loss(log_ratio, advantages, clip):
 def rollout(policy, play, ppo, generator, bar):
     """`turns` answers at each of N tables. Returns: list of Turns (T x N, time first), their (T, N) advantages and returns."""
     turns, last_value = [], torch.zeros(len(play.envs))
-    with policy.fixed():
+    with policy.inference():
         for _ in range(ppo.turns):
             turns += play.turn(policy, ppo.temperature, generator)
             bar.set_description(f"rollout {len(turns)}")

@@ -140,7 +140,7 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
     play = Play(envs, iter(evaluation_seeds(seed, n)))
     generator = torch.Generator(policy.device).manual_seed(seed)
     episodes = {}
-    with policy.fixed():
+    with policy.inference():
         while any(play.episodes):
             for turn in play.turn(policy, temperature, generator):
                 episodes.setdefault(turn.seed, []).append(turn)

@@ -1,8 +1,5 @@
 """Conversations as token ids, packed into few forward passes. Knows neither model nor environment."""
-import math
 from dataclasses import dataclass, replace
-
-STATES = 2**25  # numbers in the hidden states of prompts that a rollout reads at once: about 8192 tokens of the 11B
 
 
 @dataclass
@@ -43,11 +40,6 @@ def micro_batches(items, max_tokens):
         else:
             groups.append([item])
     return groups
-
-
-def read_at_once(rows, width, channels):
-    """How many of `rows` prompts of `width` tokens are read at once: even parts of about STATES."""
-    return math.ceil(rows / math.ceil(rows * width * channels / STATES))
 
 
 def sequences_of(turns, slots):

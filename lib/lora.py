@@ -1,31 +1,76 @@
-"""LoRA forwards that differ from peft's: merged for sampling, and in 16 bits."""
+"""LoRA on the frozen base: which layers get it, and dense copies of their weights for sampling."""
+import re
+from contextlib import contextmanager
 from functools import partial
 
+import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
+from lib.settings import UserError, one_line
 
-def _merged(layer):
-    """Forward of a LoRA layer as one matmul with W + s B A, where a 4-bit layer has a dequantisation and three: faster, but
-    a dense copy of W."""
+
+def add_lora(base, parts, tune, lora):
+    """LoRA (fp32) on the linear layers of the tuned parts; without it those parts learn themselves.
+
+    Args:
+        base: the model; parts: {part: pattern of parameter names} of its family.
+        tune: names of the parts that learn (cfg.model.tune).
+        lora: cfg.lora (r, alpha, target_modules), or None: full tuning.
+    Returns: the peft model, or the base itself; what learns requires a gradient.
+    Raises: UserError if lora.target_modules is no pattern, or of no linear layer.
+    """
+    tuned = "|".join(parts[part] for part in tune)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(lora is None and bool(re.match(tuned, name)))
+    if lora is None:
+        return base
+    try:
+        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0,
+                            target_modules=f"(?={tuned})({lora.target_modules})")
+        net = get_peft_model(base, config)
+    except (ValueError, re.error) as error:
+        raise UserError(f"lora.target_modules: {one_line(error)}") from None
+    for name, layer in net.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer.get_base_layer(), torch.nn.Linear):
+            raise UserError(f"lora.target_modules: {name} is no linear layer")
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for layer in lora_layers(net):
+        # A 16-bit model runs under autocast, which casts A and B instead of the layer's input; in
+        # fp32 there is nothing to cast.
+        layer.cast_input_dtype_enabled = False
+    return net
+
+
+def lora_layers(net):
+    """All LoRA layers of a peft model; none of a model that is tuned itself."""
+    return [module for module in net.modules() if isinstance(module, LoraLayer)]
+
+
+@contextmanager
+def merged_weights(layers):
+    """Inside, each LoRA layer is one matmul with a dense copy of W + s B A, as it is on entering.
+
+    Faster than a dequantisation and three matmuls, but it takes the memory of the copies, and no
+    gradient passes. The 4-bit weights themselves are not touched: merging into them would round.
+    """
+    for layer in layers:
+        layer.forward = _merged_forward(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+@torch.no_grad()
+def _merged_forward(layer):
     base = layer.get_base_layer()
     state = getattr(base.weight, "quant_state", None)
     weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state)
-    return partial(linear, weight=(weight + layer.get_delta_weight("default")).to(weight.dtype), bias=base.bias)
-
-
-def _light(layer, dtype, fixed):
-    """Forward of a LoRA layer as W x + (s B) (A x), all in the base's dtype and into one result, where peft's own computes
-    A x and B in fp32 beside it. fixed: with the weights of now."""
-    base, a, b, scale = layer.get_base_layer(), layer.lora_A["default"], layer.lora_B["default"], layer.scaling["default"]
-
-    def weights():
-        return a.weight.to(dtype), (scale * b.weight).to(dtype).T
-
-    now = weights() if fixed else None
-
-    def forward(x):
-        down, up = now or weights()
-        flat = x.reshape(-1, x.shape[-1])  # of more dimensions, a 4-bit layer with a bias would return a view
-        return base(flat).addmm_(linear(flat, down), up).view(*x.shape[:-1], -1)
-    return forward
+    merged = weight + layer.get_delta_weight("default")
+    return partial(linear, weight=merged.to(weight.dtype), bias=base.bias)

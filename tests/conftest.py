@@ -101,13 +101,13 @@ def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
 def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
     """Sampled answers are the same when `rows` prompts are read at a time, which takes so many `parts`."""
     import torch
-    from lib import batching
-    width, read, calls = max(len(p.ids) for p in prompts), policy._look, []
+    import policy as policy_module
+    width, read, calls = max(len(p.ids) for p in prompts), policy._prefill_part, []
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
-    monkeypatch.setattr(policy, "_look", lambda *arguments: calls.append(1) or read(*arguments))
+    monkeypatch.setattr(policy, "_prefill_part", lambda *arguments: calls.append(1) or read(*arguments))
     several = []
     for states in (10**9, rows * width * policy.base.lm_head.in_features):
-        monkeypatch.setattr(batching, "STATES", states)
+        monkeypatch.setattr(policy_module, "STATES_AT_ONCE", states)
         several.append(policy.sample(prompts, 0.7, torch.Generator().manual_seed(0)))
     assert len(calls) == 1 + parts
     for one, two in zip(*several):

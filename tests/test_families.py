@@ -97,7 +97,7 @@ def library(policy, folder, sequence):
     if sequence.image is not None:
         pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")([sequence.image], return_tensors="pt")
         kwargs = {"pixel_values": pixels["pixel_values"], "image_grid_thw": pixels["image_grid_thw"],
-                  "mm_token_type_ids": (ids == policy.eyes.token).int()}
+                  "mm_token_type_ids": (ids == policy.family.image_token).int()}
     return policy.base(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0]
 
 
@@ -107,7 +107,7 @@ def test_scores_are_the_library_s(policy, folder, turns):
     with torch.no_grad():
         out, place = policy.score([s for s, _ in packed], 0.7), 0
         for sequence, _ in packed:
-            logprobs = torch.log_softmax(library(policy, folder, sequence).masked_fill(policy.never, -torch.inf) / 0.7, -1)
+            logprobs = torch.log_softmax(library(policy, folder, sequence).masked_fill(policy.forbidden, -torch.inf) / 0.7, -1)
             for start, end in sequence.spans:
                 wanted = logprobs[range(start - 1, end - 1), sequence.ids[start:end]]
                 torch.testing.assert_close(out["logprobs"][out["turn"] == place], wanted, rtol=0, atol=1e-4)
@@ -122,7 +122,7 @@ def test_ratio_is_one_before_the_first_step(make, turns):
         out = policy.score([p.answered(a.ids) for p, a in zip(prompts, answers)], 0.7)
     for place, answer in enumerate(answers):
         assert abs((out["logprobs"][out["turn"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
-        assert policy.eyes.token not in answer.ids
+        assert policy.family.image_token not in answer.ids
 
 
 def test_prompts_are_read_in_parts(policy, turns, monkeypatch):
@@ -138,7 +138,7 @@ def test_the_language_model_alone_is_quantised(make):
 def test_image_tokens_are_as_many_as_the_image_takes(policy, turns):
     for turn in turns:
         image = turn.prompt.image
-        assert turn.prompt.ids.count(policy.eyes.token) == (policy.eyes.patches(image) // 4 if image else 0)
+        assert turn.prompt.ids.count(policy.family.image_token) == (policy.family.image_patches(image) // 4 if image else 0)
 
 
 def test_what_the_image_shows_matters(policy, settings):
@@ -166,7 +166,7 @@ def test_random_weights_of_that_shape(make, folder, policy, env):
     random = make(random_init=True, shape=str(folder), prompt_tokens=30, answer_tokens=6, revision_tokens=15)
     assert random.parameters == policy.parameters
     for turn in play(random, env, 1.0, tables=2):
-        seen = random.eyes.patches(turn.prompt.image) // 4 - 1 if turn.prompt.image else 0
+        seen = random.family.image_patches(turn.prompt.image) // 4 - 1 if turn.prompt.image else 0
         assert len(turn.prompt.ids) == 30 + 15 * (turn.info["attempt"] - 1) + seen and len(turn.answer) == 6
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import plan
-from lib import batching
+import policy as policy_module
 from lib.settings import UserError, load
 from lib.batching import Sequence
 from policy import Policy
@@ -120,12 +120,12 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
     """Prompts of `width` tokens, each with a picture of its own or none, followed by `spans` answers."""
     found = []
     for _ in range(rows):
-        ids = [policy.filler] * width
+        ids = [policy.text.filler] * width
         if image is not None:
-            ids[1] = policy.eyes.token
+            ids[1] = policy.family.image_token
         sequence = Sequence(ids, [], image and image.copy())
         for _ in range(spans):
-            sequence = sequence.answered([policy.filler] * answer)
+            sequence = sequence.answered([policy.text.filler] * answer)
         found.append(sequence)
     return found
 
@@ -140,7 +140,7 @@ def seen(m, image):
     if image is None:
         return SimpleNamespace(patches=0, tower=0, tokens=0)
     tile = -(-m.eyes.model.vision_model.num_patches // 8) * 8
-    return SimpleNamespace(patches=m.eyes.patches(image), tower=4 * tile, tokens=0)
+    return SimpleNamespace(patches=m.family.image_patches(image), tower=4 * tile, tokens=0)
 
 
 def compare(moments, tracked, m, dominant, *starts):
@@ -176,7 +176,7 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
 def test_sampling(middle, shape, overrides, rows, width, answer, size, dominant):
     policy, m = middle(shape, *overrides)
     image = size and Image.new("RGB", size)
-    policy.features.clear()
+    policy.images.remembered.clear()
     policy.sample_tokens = 10**9
     prompts = conversations(policy, rows, width, image)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, answer))
@@ -189,7 +189,7 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
     policy, m = middle("wide")
     image = Image.new("RGB", SQUARE)
     prompts = conversations(policy, rows, width, image)
-    policy.features.clear()
+    policy.images.remembered.clear()
     policy.sample_tokens = 10**9
     policy.sample(prompts, 1.0, None, 1)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
@@ -204,10 +204,10 @@ def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, 
     """Beside the caches of all; pictures were seen before."""
     policy, m = middle(shape)
     image = size and Image.new("RGB", size)
-    monkeypatch.setattr(batching, "STATES", part * width * m.C)
+    monkeypatch.setattr(policy_module, "STATES_AT_ONCE", part * width * m.C)
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
-    prompts = [replace(p, ids=[policy.filler, policy.eyes.token, *p.ids[2:]], image=image) if size else p for p in prompts]
+    prompts = [replace(p, ids=[policy.text.filler, policy.family.image_token, *p.ids[2:]], image=image) if size else p for p in prompts]
     policy.sample(prompts[:1], 1.0, None, 1)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
     compare(plan.sampling(m, seen(m, image), rows, width, 2, False), tracked, m, dominant, "reading", "joining", "sampling",
@@ -236,7 +236,7 @@ def test_update(middle, shape, overrides, rows, width, spans, answer, size, chec
     answers(policy, sequences)  # now there are gradients, and frozen eyes have seen the pictures
     tracked = allocated(lambda: answers(policy, sequences))
     moments = plan.learning(m, seen(m, image), rows, width + spans * answer, rows * spans * answer, checkpointing,
-                            not policy.frozen_eyes)
+                            not policy.vision_is_frozen)
     compare(moments, tracked, m, dominant, "scoring", "backward")
 
 

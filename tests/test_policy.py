@@ -154,12 +154,12 @@ def test_answers_end_with_the_end_token_or_at_the_limit(policy, prompts):
 def test_any_end_token_of_the_model_ends_an_answer(make_policy, prompts):
     """Llama names three in its generation_config; the tokenizer's is one of them."""
     policy = make_policy()
-    assert policy.ends.tolist() == [policy.tokenizer.eos_token_id] * 2  # both name the same
+    assert policy.end_tokens.tolist() == [policy.tokenizer.eos_token_id] * 2  # both name the same
     usual = greedy(policy, prompts[:4])
     other = usual[0].ids[2]
-    policy.ends = torch.tensor([*policy.ends, other])
+    policy.end_tokens = torch.tensor([*policy.end_tokens, other])
     for answer, before in zip(greedy(policy, prompts[:4]), usual):
-        stop = next(i for i, token in enumerate(before.ids) if token in policy.ends)
+        stop = next(i for i, token in enumerate(before.ids) if token in policy.end_tokens)
         assert answer.ids == before.ids[:stop + 1] and len(answer.logprobs) == stop + 1
 
 

@@ -215,15 +215,15 @@ def hidden(policy, ids, images):
     ids = torch.tensor([ids] * len(images))
     with torch.no_grad():
         mask = torch.ones_like(ids)
-        whole, _, _ = policy.eyes.prefill(ids, mask, policy.eyes.encode(images))
-        return policy.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state
+        whole = policy.family.text_inputs(ids, mask, policy.family.encode_images(images)).prompt
+        return policy.family.text_model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
 
 
 def library(policy, ids, images, mask=None):
     """Hidden states by transformers' own way: pixels in, its masks."""
     pixels = policy.image_processor([[image] for image in images], return_tensors="pt")
     mask = torch.ones_like(ids) if mask is None else mask
-    after = (ids == policy.eyes.token).cumsum(1) > 0
+    after = (ids == policy.family.image_token).cumsum(1) > 0
     with torch.no_grad():
         return policy.base.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                                  cross_attention_mask=after[:, :, None, None].long() * pixels["aspect_ratio_mask"][:, None],
@@ -232,15 +232,16 @@ def library(policy, ids, images, mask=None):
 
 def test_pictures_are_seen_as_by_the_library(policy, turns):
     """Padded left as for sampling: tokens before and after the image, row by row."""
-    eye, pad = policy.eyes.token, policy.tokenizer.pad_token_id
+    eye, pad = policy.family.image_token, policy.tokenizer.pad_token_id
     rows = [turns[0].prompt, alone(turns[-1])]
     width = max(len(s.ids) for s in rows) + 3
     ids = torch.tensor([[pad] * (width - len(s.ids)) + s.ids for s in rows])
     assert all(s.ids.count(eye) == 1 and s.ids[2] == eye for s in rows)  # BOS, <|user|>, <|image|>
     mask, images = (ids != pad).long(), [s.image for s in rows]
     with torch.no_grad():
-        whole, later, _ = policy.eyes.prefill(ids, mask, policy.eyes.encode(images))
-        ours = policy.eyes.reader(attention_mask=mask, use_cache=False, **whole).last_hidden_state
+        inputs = policy.family.text_inputs(ids, mask, policy.family.encode_images(images))
+        whole, later = inputs.prompt, inputs.further
+        ours = policy.family.text_model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
     assert whole["cross_attention_states"].shape == (2, PATCHES, 128) and later["cross_attention_mask"].shape[0] == 2
     torch.testing.assert_close(ours[mask > 0], library(policy, ids, images, mask)[mask > 0], rtol=0, atol=1e-4)
 
@@ -268,7 +269,7 @@ PIECES = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "<", "|", ">", "image",
 
 def check_spelled(policy, text):
     """The next prompt has the special tokens of two user turns around an answer, and no more."""
-    assert set(policy.special) == set(SPECIAL)
+    assert set(policy.text.special_tokens) == set(SPECIAL)
     bos, user, assistant, end, eye, _ = policy.tokenizer.convert_tokens_to_ids(SPECIAL)
     special = set(policy.tokenizer.convert_tokens_to_ids(SPECIAL))
     env = make_env({"name": "gp", "image_size": [112, 112]}, 5)
@@ -308,7 +309,7 @@ def test_special_tokens_sampled_in_an_answer_are_not_in_the_next_prompt(policy):
 def test_images_are_encoded_once_per_episode(make_policy, cfg):
     policy = make_policy()
     tables = Play([make_env(cfg.env, 2) for _ in range(5)], training_seeds(0))
-    with policy.fixed():
+    with policy.inference():
         for turn in range(5):
             tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
             assert policy.tokens["inference_patches"] == PATCHES * 5 * (turn // 2 + 1)  # after two failures a new hand
@@ -329,7 +330,7 @@ def test_each_sample_on_its_own_looks_again(make_policy):
     one, two = firsts(policy, 2)
     for calls in (1, 2):
         greedy(policy, [one, two, one])  # one picture twice in a batch is still one
-        assert policy.tokens["inference_patches"] == 2 * PATCHES * calls and not policy.features
+        assert policy.tokens["inference_patches"] == 2 * PATCHES * calls and not policy.images.remembered
     for images in (1, 2, 2):
         with torch.no_grad():
             policy.score([one.answered([5])] * images)
@@ -343,11 +344,11 @@ def test_frozen_eyes_look_once_and_see_the_same(make_policy, cache):
     one, two = make_policy(tune=["language"], image_cache=cache), make_policy(tune=["language"], image_cache=0)
     greedy(one, prompts)
     with torch.no_grad():
-        states = two.eyes.encode([p.image for p in prompts])
+        states = two.family.encode_images([p.image for p in prompts])
     for _ in range(2):
         torch.testing.assert_close(one.score(prompts)["logprobs"], two.score(prompts)["logprobs"], rtol=0, atol=1e-5)
     bytes_of_one = states[0][0].nbytes + 3 * 112 * 112
-    assert len(one.features) == min(6, cache * 2**30 // bytes_of_one) and one.cached == len(one.features) * bytes_of_one
+    assert len(one.images.remembered) == min(6, cache * 2**30 // bytes_of_one) and one.images.size == len(one.images.remembered) * bytes_of_one
     assert one.tokens["inference_patches"] == PATCHES * {1: 6, 2e-4: 12, 0: 18}[cache] and not one.tokens["train_patches"]
 
 
@@ -362,12 +363,12 @@ def test_changed_eyes_are_used_at_once(make_policy, merge, part):
 
     used, fresh = make_policy(merge_for_sampling=merge), make_policy(merge_for_sampling=merge)
     prompts = firsts(used, 4)
-    with used.fixed():
+    with used.inference():
         greedy(used, prompts)
     before = answers_of(used, prompts)
     change(used)
     change(fresh)
-    with used.fixed():
+    with used.inference():
         after = answers_of(used, prompts)
     assert_same_answers(after, answers_of(fresh, prompts), atol=1e-5)
     assert_same_answers(after, answers_of(used, prompts), atol=1e-5)
@@ -378,7 +379,7 @@ def test_eyes_that_changed_after_a_failure_within_are_used(make_policy):
     policy, fresh = make_policy(), make_policy()
     prompts = firsts(policy, 2)
     with pytest.raises(TypeError):
-        with policy.fixed():
+        with policy.inference():
             greedy(policy, prompts)
             policy.sample(prompts, 1.0, "no generator")
     for each in (policy, fresh):
@@ -393,9 +394,9 @@ def test_score_does_not_use_what_sampling_saw(make_policy):
     sequences = [p.answered(a) for p, a in zip(firsts(policy, 2), policy.encode_answers(["1", "2"]))]
     with torch.no_grad():
         before = policy.score(sequences)["logprobs"]
-        with policy.fixed():
+        with policy.inference():
             greedy(policy, [Sequence(s.ids[:s.spans[0][0]], [], s.image) for s in sequences])
-            with pytest.raises(RuntimeError, match="fixed"):
+            with pytest.raises(RuntimeError, match="inference"):
                 policy.score(sequences)
         for each in (policy, fresh):
             for name, parameter in each.trainable.items():
@@ -499,7 +500,7 @@ def test_words_and_pictures_do_not_mix(policy):
             greedy(policy, [shown(Sequence(blind.ids, []), p.image) for p in pair])  # of one length, hence one batch
         with pytest.raises(ValueError, match="mix"):
             policy.score([p.answered([5]) for p in pair])
-    assert not policy.features and not policy.in_rollout
+    assert not policy.images.remembered and not policy.in_inference
     assert len(greedy(policy, [seeing])) == 1  # and it goes on
 
 
@@ -534,7 +535,7 @@ def test_compute_with_pictures(make_policy, turns):
     weights = load_file(ROOT / "mini/gp/model.safetensors")
     n = sum(t.numel() for t in weights.values())
     eyes = sum(t.numel() for name, t in weights.items() if re.match("vision_model|multi_modal_projector", name))
-    assert (policy.parameters, policy.parameters_eyes) == (n, eyes) and 0 < eyes < n / 5
+    assert (policy.parameters, policy.parameters_vision) == (n, eyes) and 0 < eyes < n / 5
     assert policy.flops() == 6 * n * trained + 2 * n * read + 6 * eyes * 65 * 3 + 2 * eyes * 65 * 8
 
 

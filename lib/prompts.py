@@ -1,0 +1,56 @@
+"""Observations and answers as token ids, by the model's own chat template."""
+from lib.batching import Sequence
+
+# in Llama's template, which would put today's: a run continued tomorrow would read other prompts
+DATE = "26 Jul 2024"
+
+
+class PromptEncoder:
+    """Args: tokenizer: of the model; family: as in lib/families.py."""
+
+    def __init__(self, tokenizer, family):
+        self.tokenizer = tokenizer
+        self.family = family
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_tokens = [token.content for token in added if token.special]
+
+    def encode(self, observations):
+        """Prompts of observations {"messages", "image"}, as Sequences without spans.
+
+        The template writes the BOS, the tokenizer adds none. What a message spells is text: it
+        never becomes a special token.
+        """
+        ids = self._ids([o["messages"] for o in observations])
+        prompts = []
+        for o, prompt in zip(observations, ids):
+            image = o["image"]
+            prompts.append(Sequence(self.family.expand_image_tokens(prompt, image), [], image))
+        return prompts
+
+    def encode_answers(self, texts):
+        """Answer ids with the end-of-turn token, as the model should write them."""
+        answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [ids + [self.tokenizer.eos_token_id] for ids in answers]
+
+    def decode(self, ids):
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _ids(self, conversations):
+        """Token ids of lists of messages, up to where the model's next turn begins."""
+        texts = []
+        for messages in conversations:
+            plain = [{**m, "content": self._plain(m["content"])} for m in messages]
+            texts.append(self.tokenizer.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=True, date_string=DATE))
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _plain(self, content):
+        """Message content with the special tokens that it spells broken up: <|image|> in an answer
+        is no second image."""
+        if isinstance(content, list):
+            return [{**part, "text": self._plain(part["text"])} if "text" in part else part
+                    for part in content]
+        for token in self.special_tokens:
+            content = content.replace(token, f"{token[0]} {token[1:]}")
+        return content
