@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import settings as config
-from lib.runs import Run, checkpoints, written_whole
-from lib.settings import UserError, arm_name, check, load, within_memory
+from lib.runs import Run, arm_name, checkpoints, written_whole
+from lib.settings import UserError, check, load, within_memory
 
 
 PLAIN = yaml.safe_load(CONFIG.read_text())
