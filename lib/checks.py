@@ -9,6 +9,12 @@ import difflib
 INF = float("inf")
 
 
+def nearest(name, names):
+    """' (did you mean X?)' for the closest valid name, or ''."""
+    close = difflib.get_close_matches(str(name), names, 1, 0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 class NamedError(ValueError):
     """A ValueError whose text starts with the name of the wrong setting."""
 
@@ -118,9 +124,3 @@ def check_settings(settings, schema, prefix=""):
         if name in settings:
             clean[name] = checked(f"{prefix}{name}", settings[name], accepts)
     return clean
-
-
-def nearest(name, names):
-    """' (did you mean X?)' for the closest valid name, or ''."""
-    close = difflib.get_close_matches(str(name), names, 1, 0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
