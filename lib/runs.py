@@ -49,15 +49,9 @@ def arm_name(script, overrides):
 class Run:
     """One arm's folder, opened to start it or to continue it.
 
-    Args:
-        script: "sft" or "rl".
-        raw: the checked settings, nested.
-        overrides: those of the command line, which name the arm.
-    Attributes:
-        dir: the folder.
-        step: how many steps the last checkpoint has behind it; 0 if there is none.
-        last: that checkpoint's folder, or None.
-        stopping: after Ctrl-C what is being finished ("step"), else None.
+    Args: script: "sft" or "rl"; raw: the nested settings; overrides: those of the command line.
+    Attributes: step, last: number and folder of the last checkpoint, 0 and None if there is none;
+        stopping: after Ctrl-C, what is being finished ("update"), else None.
     Raises: UserError if the folder belongs to other settings or cannot be made.
     """
 
@@ -96,10 +90,9 @@ class Run:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def stoppable(self, unit):
-        """Context of the training loop: Ctrl-C lets the `unit` under way ("step") be finished.
+        """Context of the training loop: Ctrl-C lets the `unit` under way ("update") be finished.
 
-        The first sets `stopping`: the loop saves, and `checkpoint` ends the run. A second one stops
-        at once.
+        It sets `stopping`: the loop saves, and `checkpoint` ends the run. A second stops at once.
         """
         def react():
             self.stopping = unit
