@@ -24,14 +24,14 @@ import yaml
 from tqdm import tqdm
 
 from lib.runs import checkpoints, write_atomic, written_whole
-from lib.settings import ELSEWHERE, UserError, load, run_main, within_memory
+from lib.settings import MAY_CHANGE, UserError, load, run_main, within_memory
 from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference
 
 RESAMPLES = 2000
 CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
-HERE = [key.removeprefix("model.") for key in ELSEWHERE if key.startswith("model.")]  # follow this machine, not the arm
+HERE = [key.removeprefix("model.") for key in MAY_CHANGE if key.startswith("model.")]  # follow this machine, not the arm
 
 
 # ---------------------------------------------------------------- statistics, pure
