@@ -29,7 +29,7 @@ from lib.runs import Run
 from lib.settings import UserError, load, run_main, within_memory
 from lib.training import learning_rate, load_state, peak_memory, save_state
 from policy import Policy
-from rollout import Play, make_env, training_seeds
+from rollout import Play, collect, make_env, outcome, training_seeds
 
 
 # ---------------------------------------------------------------- the maths, pure
@@ -72,17 +72,10 @@ def ppo_loss(log_ratio, advantages, clip):
 # ---------------------------------------------------------------- one rollout, one update
 def rollout(policy, play, ppo, generator, bar):
     """`turns` answers at each of N tables. Returns: list of Turns (T x N, time first), their (T, N) advantages and returns."""
-    turns, last_value = [], torch.zeros(len(play.envs))
-    with policy.fixed():
-        for _ in range(ppo.turns):
-            turns += play.turn(policy, ppo.temperature, generator)
-            bar.set_description(f"rollout {len(turns)}")
-        waiting = play.waiting()  # tables in mid-episode: only theirs is bootstrapped with V(s_T)
-        if waiting:
-            last_value[waiting] = policy.values(policy.encode([play.episodes[slot][1] for slot in waiting]))
-    grid = lambda values, dtype=torch.float32: torch.tensor(values, dtype=dtype).view(ppo.turns, -1)  # noqa: E731
-    advantages, returns = gae(grid([t.reward for t in turns]) * ppo.reward_scale, grid([t.value for t in turns]),
-                              grid([t.done for t in turns], torch.bool), last_value, ppo.gamma, ppo.lam)
+    played = collect(policy, play, ppo.turns, ppo.temperature, generator, bar)
+    turns = played.turns
+    advantages, returns = gae(played.rewards * ppo.reward_scale, played.values, played.dones, played.last_values, ppo.gamma,
+                              ppo.lam)
     return turns, advantages.flatten(), returns.flatten()
 
 
@@ -185,16 +178,6 @@ def update(policy, optimizer, turns, advantages, returns, ppo, key, start, gener
             "explained_variance": float(1 - (returns - old_values).var(correction=0) / (returns.var(correction=0) + 1e-8)),
             "value_loss": total["value_loss"] / n, "ratio_gap": ratio_gap,
             "sampler_gap": torch.stack(off).abs().mean().item(), "grad_norm": sum(norms) / len(norms)}
-
-
-def outcome(turns):
-    """What the verifier saw in a rollout: the logged reward, success, shares of right answers and categories."""
-    ended, firsts = [t for t in turns if t.done], [t for t in turns if t.info["attempt"] == 1]
-    mean = lambda xs: sum(xs) / len(xs) if xs else None  # noqa: E731
-    return {"reward": mean([t.reward for t in turns]), "success": mean([t.solved for t in ended]),
-            "first_attempt": mean([t.info["correct"] for t in firsts]), "per_step": mean([t.info["correct"] for t in turns]),
-            "recognition": mean([t.info["recognized"] for t in firsts]),
-            "answers": {c: round(k / len(turns), 4) for c, k in Counter(t.info["category"] for t in turns).most_common()}}
 
 
 # ---------------------------------------------------------------- the run

@@ -489,7 +489,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     for _ in range(2):
         turn(one)
     state = json.loads(json.dumps(one.state()))  # plain data
-    assert any(answers for _, answers in state["tables"])
+    assert any(answers for _, answers in state["episodes"])
     two = games(training_seeds(9))
     two.restore(state)
     for _ in range(4):

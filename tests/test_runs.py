@@ -581,7 +581,7 @@ def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys)
 
 def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(seeing, tmp_path, monkeypatch):
     """Stopped after the second update of two: the first checkpoint holds tables in mid-episode, their pictures are redrawn."""
-    folder, tables = tmp_path / "run", torch.load(seeing[0] / "rl/step_1/trainer.pt", weights_only=True)["play"]["tables"]
+    folder, tables = tmp_path / "run", torch.load(seeing[0] / "rl/step_1/trainer.pt", weights_only=True)["play"]["episodes"]
     assert any(answers for _, answers in tables)
     shutil.copytree(seeing[0] / "sft", folder / "sft")
     with monkeypatch.context() as patch:

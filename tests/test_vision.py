@@ -312,7 +312,7 @@ def test_images_are_encoded_once_per_episode(make_policy, cfg):
         for turn in range(5):
             tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
             assert policy.tokens["inference_patches"] == PATCHES * 5 * (turn // 2 + 1)  # after two failures a new hand
-        waiting = policy.encode([tables.episodes[slot][1] for slot in tables.waiting()])
+        waiting = policy.encode([tables.episodes[slot].observation for slot in tables.unfinished()])
         policy.values(waiting)
         assert len(waiting) == 5 and policy.tokens["inference_patches"] == PATCHES * 15  # known already
     assert policy.tokens["train_patches"] == 0
@@ -602,7 +602,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     for _ in range(2):
         turn(one)
     state = json.loads(json.dumps(one.state()))  # plain data, no pixels
-    assert any(answers for _, answers in state["tables"])
+    assert any(answers for _, answers in state["episodes"])
     two = games(training_seeds(9))
     two.restore(state)
     for _ in range(4):
