@@ -23,7 +23,7 @@ EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
 
 # ---------------------------------------------------------------- the interface of an environment
 class Environment(Protocol):
-    """What an environment provides; one line in ENVIRONMENTS adds it. It need not inherit from this.
+    """What an environment provides; a line in ENVIRONMENTS adds it. It need not inherit from this.
 
     An episode is one problem: one or several positions, each of which takes up to `verify_iters`
     answers. A right answer moves on to the next position (and may empty the conversation); a wrong
@@ -252,6 +252,12 @@ def outcome(turns):
             "per_step": _mean([turn.info["correct"] for turn in turns]),
             "recognition": _mean([info["recognized"] for info in first_attempts]),
             "answers": {name: round(n / len(turns), 4) for name, n in categories.most_common()}}
+
+
+def transcript(turn):
+    """One turn as rl.py's transcripts show it."""
+    return {"seed": turn.seed, "attempt": turn.info["attempt"], "answer": turn.text,
+            "reward": turn.reward, "verifier": turn.info["feedback"]}
 
 
 def _mean(values):
