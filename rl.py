@@ -151,13 +151,13 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
 
 
 def update(policy, optimizer, batch, ppo, generator):
-    """PPO epochs over a batch, each in its own order. Returns: sums of each optimiser step."""
+    """PPO epochs over a batch, each in its own order. Returns: statistics, see the glossary."""
     steps = []
     for _ in range(ppo.epochs):
         order = torch.randperm(len(batch.packed), generator=generator).tolist()
         for minibatch in minibatches([batch.packed[i] for i in order], ppo.minibatch):
             steps.append(minibatch_step(policy, optimizer, batch, minibatch, ppo))
-    return steps
+    return ppo_statistics(batch, steps)
 
 
 def minibatch_step(policy, optimizer, batch, minibatch, ppo):
@@ -224,22 +224,21 @@ def main(arguments):
             with within_memory("sampling", cfg, "model.sample_tokens",
                                "model.merge_for_sampling=false"):
                 rollout = collect(policy, play, ppo.turns, ppo.temperature, sampler, bar)
-                turns = rollout.turns
             advantages, returns = gae(  # (T, N)
                 rollout.rewards * ppo.reward_scale, rollout.values, rollout.dones,
                 rollout.last_values, ppo.gamma, ppo.lam)
 
             bar.set_description("update")
+            turns = rollout.turns  # T x N
             with within_memory("training", cfg, "ppo.micro_tokens",
                                "model.gradient_checkpointing=true"):
                 batch = prepare(policy, turns, advantages.flatten(), returns.flatten(), ppo,
                                 envs[0].answer_key, start)
-                sums = update(policy, optimizer, batch, ppo, shuffler)
+                learned = update(policy, optimizer, batch, ppo, shuffler)
             optimizer.zero_grad()  # rollouts have a use for the memory
 
             cost = spent(policy, began)
-            seen, learned = outcome(turns), ppo_statistics(batch, sums)
-            record = {"step": step + 1, **seen, **learned, **cost}
+            record = {"step": step + 1, **outcome(turns), **learned, **cost}
             run.log("metrics", record)
             for turn in turns[::max(1, len(turns) // 8)]:
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})

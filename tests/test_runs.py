@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval as evaluation
 import rl
 import sft
+from lib import training
 from lib.runs import Run, checkpoints
 from lib.settings import UserError
 from lib.settings import override as override_one
@@ -139,7 +140,7 @@ def stop_after(monkeypatch, records, times=2):
     monkeypatch.setattr(Run, "log", interrupted)
 
 
-def stop_in_checkpoint(monkeypatch, module, number):
+def stop_in_checkpoint(monkeypatch, number):
     """Ctrl-C in the middle of writing that checkpoint: the weights are there, the trainer's state is cut off."""
     left = [number]
 
@@ -150,8 +151,8 @@ def stop_in_checkpoint(monkeypatch, module, number):
             raise KeyboardInterrupt
         save(folder, state)
 
-    save = module.save_state
-    monkeypatch.setattr(module, "save_state", interrupted)
+    save = training.save_state
+    monkeypatch.setattr(training, "save_state", interrupted)
 
 
 STOPS = [("sft", "step", 1), ("sft", "step", 3), ("sft", "step", 4), ("sft", "checkpoint", 2),
@@ -168,7 +169,7 @@ def test_stopped_and_continued_is_the_run_undisturbed(whole, tmp_path, monkeypat
         if where == "step":
             stop_after(patch, k)
         else:
-            stop_in_checkpoint(patch, sys.modules[script], k)
+            stop_in_checkpoint(patch, k)
         with pytest.raises(KeyboardInterrupt):
             run(script, folder)
     run(script, folder)
@@ -266,9 +267,9 @@ def test_how_often_it_saves_may_change_on_the_way(whole, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_while_writing_a_checkpoint(whole, tmp_path):
-    code = ("import os, signal, sys; sys.path[:0] = ['.', 'tests']; import sft, test_runs; from pathlib import Path\n"
+    code = ("import os, signal, sys; sys.path[:0] = ['.', 'tests']; import test_runs; from lib import training; from pathlib import Path\n"
             "def kill(folder, state): (folder / 'trainer.pt').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "save, sft.save_state = sft.save_state, lambda f, s: kill(f, s) if f.name == '.tmp_new_step_4' else save(f, s)\n"
+            "save, training.save_state = training.save_state, lambda f, s: kill(f, s) if f.name == '.tmp_new_step_4' else save(f, s)\n"
             f"test_runs.run('sft', Path({str(tmp_path / 'run')!r}))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=600).returncode == -9
     assert [n for n, _ in checkpoints(tmp_path / "run" / "sft")] == [2] and (tmp_path / "run/sft/.tmp_new_step_4").is_dir()
@@ -280,7 +281,7 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize("script, place, said", [
     ("sft", "Policy", "loading the model: it needs a larger machine"), ("rl", "Policy", "loading the model: it needs"),
     ("sft", "train_step", r"training: lower sft.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
-    ("rl", "rollout", r"sampling: lower model.sample_tokens \(4096\) or set model.merge_for_sam"),
+    ("rl", "collect", r"sampling: lower model.sample_tokens \(4096\) or set model.merge_for_sam"),
     ("rl", "update", r"training: lower ppo.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
     ("eval", "Policy", "loading the model: it needs"), ("eval", "evaluate", r"sampling: lower model.sample_tokens \(4096\) or lower eval.batch_size \(8\) or set")])
 def test_out_of_memory_is_a_user_error(after_sft, monkeypatch, script, place, said):
