@@ -172,8 +172,9 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
         scored = policy.score([conversation.sequence for conversation in group], ppo.temperature)
         known = batch.targets(group, policy.device)
         loss, part = ppo_loss(
-            scored["logprobs"], known.old, known.start, known.weights, scored["turn"],
-            known.advantages, scored["values"], known.returns, scored["entropy"], ppo, size)
+            new=scored["logprobs"], old=known.old, start=known.start, weights=known.weights,
+            turn=scored["turn"], advantages=known.advantages, values=scored["values"],
+            returns=known.returns, entropy=scored["entropy"], ppo=ppo, size=size)
         loss.backward()
         sums.update(part)
     total = sums["policy_loss"] + sums["value_loss"]

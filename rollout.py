@@ -39,8 +39,9 @@ class Environment(Protocol):
 
     Attributes:
         SETTINGS: {name: check of lib/checks.py} of what the YAML's `env` section may set beside
-            `name`: the constructor's keyword arguments, with defaults. `split` is one of them: its
-            values are the keys of eval.splits. eval.variants may change each of them.
+            `name`: the constructor's keyword arguments, with defaults; it checks them by
+            check_settings. `split` is one of them: its values are the keys of eval.splits.
+            eval.variants may change each of them.
         answer_key: a text in every answer, such as '"formula"': tokens before the one that
             completes it weigh ppo.prefix_weight in the PPO ratio. "": all weigh 1.
         reports: [(name, title, metrics), ..], the tables of an evaluation; metrics are those of

@@ -166,19 +166,19 @@ class Batch:
 
     def size(self, packed):
         """The Size of a minibatch of Packed conversations."""
-        turns = turns_of(packed)
-        return Size(len(turns), sum(len(self.turns[turn].answer) for turn in turns))
+        lengths = [len(self.turns[index].answer) for index in turns_of(packed)]
+        return Size(turns=len(lengths), tokens=sum(lengths))
 
     def targets(self, packed, device):
         """The Targets of Packed conversations, in the order of their turns, on the device."""
-        turns = turns_of(packed)
+        members = turns_of(packed)  # S indices
         joined = {}  # (A,) each
         for name in ("old", "start", "weights"):
             answers = getattr(self, name)
             if answers is not None:
-                joined[name] = torch.cat([answers[turn] for turn in turns]).to(device)
-        return Targets(advantages=self.advantages[turns].to(device),
-                       returns=self.returns[turns].to(device), **joined)
+                joined[name] = torch.cat([answers[index] for index in members]).to(device)
+        return Targets(advantages=self.advantages[members].to(device),
+                       returns=self.returns[members].to(device), **joined)
 
 
 def token_weights(policy, turn, key, weight):
@@ -206,6 +206,6 @@ def answer_logprobs(policy, packed, micro_tokens, temperature):
     found = {}
     for group in micro_batches(packed, micro_tokens):
         scored = policy.score([conversation.sequence for conversation in group], temperature)
-        for position, turn in enumerate(turns_of(group)):
-            found[turn] = scored["logprobs"][scored["turn"] == position].cpu()
-    return [found[turn] for turn in range(len(found))]
+        for position, index in enumerate(turns_of(group)):
+            found[index] = scored["logprobs"][scored["turn"] == position].cpu()
+    return [found[index] for index in range(len(found))]
