@@ -215,8 +215,8 @@ def test_16_bits_start_at_ratio_one(make, settings, temperature):
     played = play(policy, cfg.env, temperature, turns=4)
     parameters = [*policy.trainable.values(), *policy.value_head.parameters()]
     advantages, returns = torch.randn(2, len(played), generator=torch.Generator().manual_seed(0))
-    stats = rl.update(policy, torch.optim.AdamW(parameters, lr=1e-4), played, advantages, returns, cfg.ppo, '"formula"', None,
-                      torch.Generator().manual_seed(0))
+    batch = rl.prepare(policy, played, advantages, returns, cfg.ppo, '"formula"', None)
+    stats = rl.update(policy, torch.optim.AdamW(parameters, lr=1e-4), batch, cfg.ppo, torch.Generator().manual_seed(0))
     assert stats["ratio_gap"] < 0.02 < 10 * stats["sampler_gap"]
     assert {p.dtype for p in policy.trainable.values()} == {torch.float32}  # only what learns is 32-bit
     assert {p.dtype for n, p in policy.base.named_parameters() if "lora" not in n} == {torch.bfloat16, torch.uint8}

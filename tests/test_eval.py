@@ -208,7 +208,7 @@ def test_tables_resume_between_positions(toy):
     state = json.loads(json.dumps(one.state()))
     two = Play([make_env({**toy, "longest": 8}, 2) for _ in range(5)], iter(range(1000, 2000)))
     two.restore(state)
-    assert any(len(given) > 2 for _, given in state["tables"])
+    assert any(len(given) > 2 for _, given in state["episodes"])
     for _ in range(30):
         assert turn(one) == turn(two)
 

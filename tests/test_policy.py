@@ -21,10 +21,9 @@ import rl
 import sft
 from lib.settings import UserError
 from lib.batching import sequences_of
-from rl import token_weights
 from rollout import Play, evaluate, make_env, training_seeds
 from lib.batching import Sequence
-from lib.training import load_state, save_state
+from lib.training import answer_logprobs, load_state, save_state, token_weights
 
 pretrain = importlib.import_module("mini.pretrain")
 corpus = importlib.import_module("mini.corpus_gp")
@@ -50,8 +49,8 @@ def update(policy, cfg, turns):
     vars(cfg.ppo).update({"envs": 6, "epochs": 1, "minibatch": 8, "kl_coef": 0, "temperature": 0.7})
     parameters = [*policy.trainable.values(), *policy.value_head.parameters()]
     noise = torch.randn(2, len(turns), generator=torch.Generator().manual_seed(0))
-    return rl.update(policy, torch.optim.AdamW(parameters, lr=1e-3), turns, *noise, cfg.ppo, '"formula"', None,
-                     torch.Generator().manual_seed(0))
+    batch = rl.prepare(policy, turns, *noise, cfg.ppo, '"formula"', None)
+    return rl.update(policy, torch.optim.AdamW(parameters, lr=1e-3), batch, cfg.ppo, torch.Generator().manual_seed(0))
 
 
 def sft_batch(policy, cfg, n=6, mistakes=2):
@@ -489,7 +488,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     for _ in range(2):
         turn(one)
     state = json.loads(json.dumps(one.state()))  # plain data
-    assert any(answers for _, answers in state["tables"])
+    assert any(answers for _, answers in state["episodes"])
     two = games(training_seeds(9))
     two.restore(state)
     for _ in range(4):
@@ -507,6 +506,6 @@ def test_gpu_samples_what_it_scores(make_policy, cfg):
     policy = make_policy(device="cuda")
     played = play(policy, cfg.env, 0.7)
     packed = sequences_of(played, 6)
-    scored = rl.reference_logprobs(policy, packed, 2048, 0.7)
+    scored = answer_logprobs(policy, packed, 2048, 0.7)
     for turn, again in zip(played, scored):
         assert abs((again - turn.logprobs).sum().exp() - 1) < 1e-3

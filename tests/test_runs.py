@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval as evaluation
 import rl
 import sft
+from lib import training
 from lib.runs import Run, checkpoints
 from lib.settings import UserError
 from lib.settings import override as override_one
@@ -190,9 +191,9 @@ def stop_after(monkeypatch, records, times=2):
     monkeypatch.setattr(Run, "log", interrupted)
 
 
-def stop_in_checkpoint(monkeypatch, module, number):
+def stop_in_checkpoint(monkeypatch, number):
     """Ctrl-C while writing that checkpoint: the weights are there, the trainer's state cut off."""
-    save = module.save_state
+    save = training.save_state
     folders = []
 
     def interrupted(folder, state):
@@ -202,7 +203,7 @@ def stop_in_checkpoint(monkeypatch, module, number):
             raise KeyboardInterrupt
         save(folder, state)
 
-    monkeypatch.setattr(module, "save_state", interrupted)
+    monkeypatch.setattr(training, "save_state", interrupted)
 
 
 STOPS = [
@@ -230,7 +231,7 @@ def test_stopped_and_continued_is_the_run_undisturbed(
         if where == "step":
             stop_after(patch, k)
         else:
-            stop_in_checkpoint(patch, sys.modules[script], k)
+            stop_in_checkpoint(patch, k)
         with pytest.raises(KeyboardInterrupt):
             run(script, folder)
     run(script, folder)
@@ -342,8 +343,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [".", "tests"]
-import sft, test_runs
-save = sft.save_state
+import test_runs
+from lib import training
+save = training.save_state
 
 def killed(folder, state):
     if folder.name == ".tmp_new_step_4":
@@ -351,7 +353,7 @@ def killed(folder, state):
         os.kill(os.getpid(), signal.SIGKILL)
     save(folder, state)
 
-sft.save_state = killed
+training.save_state = killed
 test_runs.run("sft", Path(sys.argv[1]))
 """
 
@@ -381,7 +383,7 @@ TRAINING = "training: lower {}.micro_tokens (1024) or set model.gradient_checkpo
         ("eval", "Policy", LOADING),
         ("sft", "train_step", TRAINING.format("sft")),
         ("rl", "update", TRAINING.format("ppo")),
-        ("rl", "rollout", SAMPLING + "set model.merge_for_sampling=false"),
+        ("rl", "collect", SAMPLING + "set model.merge_for_sampling=false"),
         ("eval", "evaluate", SAMPLING + "lower eval.batch_size (8) or set"),
     ],
 )
@@ -776,7 +778,7 @@ def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(
     The first checkpoint holds environments in mid-episode, whose pictures are drawn again.
     """
     state = torch.load(seeing[0] / "rl" / "step_1" / "trainer.pt", weights_only=True)
-    assert any(answers for _, answers in state["play"]["tables"])
+    assert any(answers for _, answers in state["play"]["episodes"])
     folder = tmp_path / "run"
     shutil.copytree(seeing[0] / "sft", folder / "sft")
     with monkeypatch.context() as patch:

@@ -16,12 +16,11 @@ from test_policy import alone, greedy, sft_batch, tensors, update
 
 from lib import settings as config
 import gp
-import rl
 import sft
 from lib.settings import UserError
 from lib.batching import sequences_of
-from rl import token_weights
-from rollout import Play, evaluate, make_env, play_reference, training_seeds
+from lib.training import answer_logprobs, token_weights
+from rollout import Play, collect, evaluate, make_env, play_reference, training_seeds
 from lib.batching import Sequence, pack
 
 PATCHES = 65  # of one image: 8 x 8 of 14 pixels, and the class token
@@ -189,9 +188,9 @@ def test_rollout_of_the_trainer_is_scored_the_same(make_policy, cfg):
             pass
 
     for seed in range(2):
-        played, *_ = rl.rollout(policy, tables, cfg.ppo, torch.Generator().manual_seed(seed), Bar())
+        played = collect(policy, tables, 3, 0.7, torch.Generator().manual_seed(seed), Bar()).turns
         with torch.no_grad():
-            scored = rl.reference_logprobs(policy, sequences_of(played, 4), 512, 0.7)
+            scored = answer_logprobs(policy, sequences_of(played, 4), 512, 0.7)
         for turn, again in zip(played, scored):
             assert abs((again - turn.logprobs).sum().exp() - 1) < 1e-4
         update(policy, cfg, played)
@@ -313,7 +312,7 @@ def test_images_are_encoded_once_per_episode(make_policy, cfg):
         for turn in range(5):
             tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
             assert policy.tokens["inference_patches"] == PATCHES * 5 * (turn // 2 + 1)  # after two failures a new hand
-        waiting = policy.encode([tables.episodes[slot][1] for slot in tables.waiting()])
+        waiting = policy.encode([tables.episodes[slot].observation for slot in tables.unfinished()])
         policy.values(waiting)
         assert len(waiting) == 5 and policy.tokens["inference_patches"] == PATCHES * 15  # known already
     assert policy.tokens["train_patches"] == 0
@@ -603,7 +602,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     for _ in range(2):
         turn(one)
     state = json.loads(json.dumps(one.state()))  # plain data, no pixels
-    assert any(answers for _, answers in state["tables"])
+    assert any(answers for _, answers in state["episodes"])
     two = games(training_seeds(9))
     two.restore(state)
     for _ in range(4):
