@@ -124,3 +124,26 @@ def check_settings(settings, schema, prefix=""):
         if name in settings:
             clean[name] = checked(f"{prefix}{name}", settings[name], accepts)
     return clean
+
+
+def either(*checks):
+    """What one of the checks accepts, tried in order."""
+    def check(value):
+        errors = []
+        for accepts in checks:
+            try:
+                return accepts(value)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(" and ".join(errors))
+    return check
+
+
+def fields(schema):
+    """A mapping with exactly the keys of {name: check}."""
+    def check(value):
+        for name in schema:
+            if name not in mapping(value):
+                raise ValueError(f"{value!r} has no {name}")
+        return check_settings(value, schema)
+    return check

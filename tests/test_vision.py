@@ -643,7 +643,7 @@ def test_cards_named_are_those_in_the_picture(make_policy):
     policy, dealt = make_policy(noise=0), hands(40)
     prompts = policy.encode([obs for obs, _, _ in dealt])
     swapped = [shown(p, prompts[(i + 1) % 40].image) for i, p in enumerate(prompts)]
-    named = [sorted(gp.read_answer(policy.decode(a.ids))["cards"] or []) for a in greedy(policy, swapped)]
+    named = [sorted(gp.read_answer(policy.decode(a.ids)).cards or []) for a in greedy(policy, swapped)]
     seen = sum(cards == sorted(dealt[(i + 1) % 40][1]) for i, cards in enumerate(named))
     dreamt = sum(cards == sorted(dealt[i][1]) for i, cards in enumerate(named))
     guesses = play_reference({"name": "gp", "image_size": [112, 112], "split": "all"}, "likeliest cards", 400, 0, 1)
