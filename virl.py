@@ -20,7 +20,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from scenery import streets
-from scenery.routes import COMPASS, SIDES, SPLITS, need, octant, panoramas_of, read_routes, split_route, stream, turn_word
+from scenery.routes import COMPASS, SIDES, SPLITS, octant, split_route, stream, turn_word
+from scenery.official import read_routes, refuse_unless as need
+from scenery.panoramas import panoramas_of
 
 TURNS = ("left", "right", "slightly left", "slightly right")
 RULES = {"absolute": COMPASS, "relative": TURNS}  # what turn_direction() takes: trained on, rule OOD
