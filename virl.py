@@ -107,9 +107,12 @@ class Grade(NamedTuple):
     """What the verifier makes of an answer."""
     category: str  # correct, wrong_action, wrong_observation or illegal (none of the actions)
     reward: float  # in the paper's points
-    correct: bool
-    recognized: bool  # landmark and intersection were reported right
-    reason: str  # for the model, if it failed
+    recognized: bool  # landmark and intersection are reported right
+    reason: str  # told to the model if it failed
+
+    @property
+    def correct(self):
+        return self.category == "correct"
 
 
 def _instructions(route, turns):
@@ -157,8 +160,7 @@ class Navigation:
         panoramas: real street views for `routes`: a folder as panoramas.py describes it.
         hide_intersection_text: V-IRL-VL: only the picture shows that one is at an intersection.
         verify_iters: answers allowed per position (paper: 2).
-    Attributes: route; rail: its Positions in this walk; at: the current one; turns: a turn word
-        per leg; instructions: two texts per leg.
+    Attributes: route; rail: the Positions of this walk; at: index of the current one.
     Raises: ValueError naming the argument, and for files the route and the field.
     """
 
@@ -320,8 +322,10 @@ class Navigation:
 
     # ------------------------------------------------------------ grading
     def step(self, answer):
-        """Grade one whole answer; terminated: the destination is reached.
+        """Grade one whole answer; the walk is terminated at the destination.
 
+        Returns: (obs, reward, terminated, truncated, info); in info, category and recognized are a
+        Grade's, action is the type of the right one: turn, forward or stop.
         Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
         """
         if self.done:
@@ -356,14 +360,14 @@ class Navigation:
         truth = sightings(self.rail[self.at].observation)
         recognized = observation is not None and sightings(observation) == truth
         if action == _squeezed(self.action()):
-            return Grade("correct", REWARDS["correct"], True, recognized, "")
+            return Grade("correct", REWARDS["correct"], recognized, "")
         wrong = "wrong_action" if recognized else "wrong_observation"
-        reward = REWARDS[wrong]  # whether or not it is one of the actions
+        reward = REWARDS[wrong]  # of an illegal action, too
         if not action:
-            return Grade("illegal", reward, False, recognized, WRONG["missing"])
+            return Grade("illegal", reward, recognized, WRONG["missing"])
         if action not in self._legal:
-            return Grade("illegal", reward, False, recognized, WRONG["illegal"])
-        return Grade(wrong, reward, False, recognized, WRONG[wrong])
+            return Grade("illegal", reward, recognized, WRONG["illegal"])
+        return Grade(wrong, reward, recognized, WRONG[wrong])
 
     # ------------------------------------------------------------ answers
     def action(self, rule=None, at=None):
@@ -399,11 +403,9 @@ class Navigation:
         position of the route, and now and then even sees what is there."""
         right = self.action()
         order = self.rng.sample(range(len(self.rail)), len(self.rail))
-        others = [i for i in order if self.action(at=i) != right]  # a turn or the stop at least
-        other = others[0]
-        observation = None
-        if self.rng.random() < 0.2:
-            observation = self.rail[other].observation
+        other = next(i for i in order if self.action(at=i) != right)  # a turn or stop at least
+        sees = self.rng.random() < 0.2
+        observation = self.rail[other].observation if sees else None
         return self.answer(self.action(at=other), other, observation)
 
     def reference(self, name):
