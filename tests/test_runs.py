@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
+import report
 import rl
 import sft
 from lib.runs import Run, checkpoints
@@ -32,6 +33,10 @@ TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8"
         "eval.splits={all: 8}", "eval.curve_n=4", "eval.batch_size=8", "eval.temperatures=[0.2, 0]")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
 MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
+
+
+def run_report(folder):
+    report.main([str(folder)])
 
 
 def run(script, folder, *overrides, config=CONFIG, tiny=TINY):
@@ -370,11 +375,12 @@ def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- evaluation
 @pytest.fixture(scope="module")
 def evaluated(whole, tmp_path_factory):
-    """(run directory, what eval.py printed)."""
+    """(run directory, what report.py printed of its evaluation)."""
     folder, printed = tmp_path_factory.mktemp("evaluated") / "run", io.StringIO()
     shutil.copytree(whole, folder)
+    run("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
@@ -418,6 +424,7 @@ def test_second_evaluation_plays_nothing_and_says_the_same(evaluated, no_model, 
     folder, printed = evaluated
     before = (folder / "evaluations.jsonl").read_bytes()
     run("eval", folder)
+    run_report(folder)
     assert capsys.readouterr().out == printed and (folder / "evaluations.jsonl").read_bytes() == before
 
 
@@ -428,6 +435,7 @@ def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
     cells = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(cells[:-2]) + cells[-2][:40])
     run("eval", tmp_path / "run")
+    run_report(tmp_path / "run")
     table = lambda text: [line for line in text.splitlines() if "written" not in line]  # noqa: E731
     assert table(capsys.readouterr().out) == table(printed)
     again = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
@@ -507,12 +515,13 @@ def run_pictures(script, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """(run directory of an SFT and a PPO run on pictures, what eval.py printed)."""
+    """(run directory of an SFT and a PPO run on pictures, what report.py printed)."""
     folder, printed = tmp_path_factory.mktemp("seeing") / "run", io.StringIO()
     run_pictures("sft", folder)
     run_pictures("rl", folder)
+    run_pictures("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run_pictures("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
@@ -574,6 +583,7 @@ def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys)
            for c in cells[:2]]
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in old + cells[2:]))
     run("eval", tmp_path / "run")
+    run_report(tmp_path / "run")
     assert capsys.readouterr().out.replace(str(tmp_path / "run"), str(folder)) == printed
     again = lines(tmp_path / "run" / "evaluations.jsonl")
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, cells))
