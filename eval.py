@@ -24,7 +24,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -119,9 +119,15 @@ def interval(pairs, weights, base=None):
 
 
 # ---------------------------------------------------------------- table and paired differences
+@lru_cache(maxsize=1)
+def shared_weights(clusters):
+    """`cluster_weights` of a tuple of labels: all players of a split and variant share them."""
+    return cluster_weights(clusters)
+
+
 def estimates(cell, base=None):
     """{metric: Estimate in %} of a Cell, or of its paired difference to a base's."""
-    weights = cluster_weights(cell.cluster)
+    weights = shared_weights(tuple(cell.cluster))
     found = {}
     for metric, pairs in cell.counts.items():
         if base is None:
@@ -420,11 +426,11 @@ class Evaluation:
         condition = Condition(variant, next(iter(e.splits)), e.temperatures[0], e.curve_n)
         trained = [run.arms[arm].checkpoints[place] for run in self.runs]
         cell = self.joined(arm, self.runs, trained, condition)
-        estimate = interval(cell.counts[self.reports[0].lead], cluster_weights(cell.cluster))
+        estimate = estimates(cell)[self.reports[0].lead]
         recognized = sum(right for right, _ in cell.counts["recognized"])
         asked = sum(of for _, of in cell.counts["recognized"])
         gflops = mean([checkpoint.gflops for checkpoint in trained])
-        return Point(gflops, *percent(estimate), 100 * (recognized / asked))
+        return Point(gflops, *estimate, 100 * (recognized / asked))
 
     def curve(self, variant):
         """{arm: Points in the order of training}; rl's starts at Init."""

@@ -18,8 +18,7 @@ A generated block stands between two comments. The first names the block and, as
     <!-- end -->
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), trainings
-(differences by seed, and those of an earlier training), grid (arms against variants), figure,
-console (the tables as printed).
+(differences by seed, and those of an earlier training), grid (arms against variants), figure.
 """
 import argparse
 import json
@@ -36,17 +35,17 @@ from lib.settings import ROOT, UserError, load, run_main
 ARMS = ("Init", "sft", "rl")
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
-HEADLINE = {  # task: where its rule OOD stands, and what is measured
-    "GP-L": ("gp_l", "all", "solved", "success"),
-    "GP-VL": ("gp_vl", "all", "solved", "success"),
-    "V-IRL-L": ("virl_l", "unseen", "per_step", "per step"),
-    "V-IRL-VL": ("virl_vl", "unseen", "per_step", "per step"),
+HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
+    "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
+    "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
+    "V-IRL-L, per step": ("virl_l_mini", ["unseen", "rule OOD", "per_step"]),
+    "V-IRL-VL, per step": ("virl_vl_mini", ["unseen", "rule OOD", "per_step"]),
 }
-KINDS = "headline|table|trainings|grid|figure|console"
+KINDS = "headline|table|trainings|grid|figure"
 BLOCK = re.compile(rf"<!-- ({KINDS})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-class Evaluation:
+class Results:
     """What an evaluation.json holds, its lists turned into the classes of lib/results.py.
 
     Args: earlier: instead of it, the earlier training of the same seeds that is stored beside it.
@@ -115,56 +114,56 @@ def difference_text(estimate):
     return f"{estimate.value:+6.1f} [{estimate.low:+5.1f}, {estimate.high:+5.1f}]   "
 
 
-def table_lines(evaluation):
+def table_lines(results):
     """The table, a block per split and report: of every variant the arms, then the references."""
-    variant_width = max(map(len, evaluation.variants)) + 2
-    arm_width = max(len(row["arm"]) for row in evaluation.table) + 2
+    variant_width = max(map(len, results.variants)) + 2
+    arm_width = max(len(row["arm"]) for row in results.table) + 2
     lines = []
-    for split in evaluation.splits:
-        found = [row for row in evaluation.table if row["split"] == split]
-        for report in evaluation.reports:
+    for split in results.splits:
+        found = [row for row in results.table if row["split"] == split]
+        for report in results.reports:
             width = max(24, 8 * len(report.metrics) + 8)
-            heads = "".join(f"{temperature_name(t):^{width}}" for t in evaluation.temperatures)
+            heads = "".join(f"{temperature_name(t):^{width}}" for t in results.temperatures)
             title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
             lines += ["", title, " " * (variant_width + arm_width) + heads + "   model GFLOPs"]
             before = None
             for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
                 shown = "" if variant == before else variant
                 line = f"{shown:{variant_width}}{arm:{arm_width}}"
-                for temperature in (*evaluation.temperatures, None):
+                for temperature in (*results.temperatures, None):
                     if temperature in by_temperature:
                         line += f"{cell_text(by_temperature[temperature], report.metrics):>{width}}"
                 if None not in by_temperature:
-                    line += f"{evaluation.gflops[arm]:13,.0f}"
+                    line += f"{results.gflops[arm]:13,.0f}"
                 lines.append(line.rstrip())
                 before = variant
     return lines
 
 
-def difference_lines(evaluation):
+def difference_lines(results):
     """The paired differences, a block per report, of its leading metric."""
-    variant_width = max(map(len, evaluation.variants)) + 2
-    names = [row[key] for row in evaluation.differences for key in ("arm", "base")]
+    variant_width = max(map(len, results.variants)) + 2
+    names = [row[key] for row in results.differences for key in ("arm", "base")]
     pair_width = 2 * max(map(len, names), default=0) + 5
-    heads = "".join(f"{temperature_name(t):^24}" for t in evaluation.temperatures)
+    heads = "".join(f"{temperature_name(t):^24}" for t in results.temperatures)
     lines = []
-    for report in evaluation.reports:
+    for report in results.reports:
         lines += ["", f"paired differences of {report.name} in points [95 % interval]",
                   " " * (8 + variant_width + pair_width) + heads]
-        found = grouped(evaluation.differences, "split", "variant", "arm", "base")
+        found = grouped(results.differences, "split", "variant", "arm", "base")
         for (split, variant, arm, base), by_temperature in found.items():
             line = f"{split:8}{variant:{variant_width}}{arm + ' - ' + base:{pair_width}}"
-            for temperature in evaluation.temperatures:
+            for temperature in results.temperatures:
                 line += difference_text(by_temperature[temperature]["metrics"].get(report.lead))
             lines.append(line)
     return lines
 
 
-def transcript_lines(evaluation):
+def transcript_lines(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
     lines = []
-    for found in evaluation.transcripts:
-        temperature = temperature_name(evaluation.temperatures[0])
+    for found in results.transcripts:
+        temperature = temperature_name(results.temperatures[0])
         lines += ["", f"--- {found['arm']}, {found['variant']}, {temperature}"]
         for episode in found["episodes"]:
             for turn in episode:
@@ -178,7 +177,7 @@ def transcript_lines(evaluation):
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
 
 
-def draw(evaluation, path):
+def draw(results, path):
     """The leading metric against model GFLOPs, one panel per variant (ID on top): Figures 5 and 7.
 
     With a report on recognition, a second column: the same against recognition (Figure 8).
@@ -186,19 +185,19 @@ def draw(evaluation, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    variants, lead = evaluation.variants, evaluation.reports[0]
-    temperature = temperature_name(evaluation.temperatures[0])
-    columns = 2 if "recognition" in [report.name for report in evaluation.reports] else 1
+    variants, lead = results.variants, results.reports[0]
+    temperature = temperature_name(results.temperatures[0])
+    columns = 2 if "recognition" in [report.name for report in results.reports] else 1
     figure, axes = plt.subplots(len(variants), columns, sharex="col", squeeze=False,
                                 figsize=(5 * columns, 2.7 * len(variants)))
     for row, variant in zip(axes, variants):
-        draw_compute(row[0], evaluation.curves[variant])
+        draw_compute(row[0], results.curves[variant])
         row[0].set_ylabel(f"{variant}\n{lead.name} % ({temperature})")
         if columns == 2:
-            draw_recognition(row[1], evaluation.curves[variant], most_compute(evaluation))
+            draw_recognition(row[1], results.curves[variant], most_compute(results))
         for axis in row:
             axis.grid(alpha=0.3)
-    size = f"{evaluation.curve_n} episodes per seed and point, seeds: {len(evaluation.seeds)}"
+    size = f"{results.curve_n} episodes per seed and point, seeds: {len(results.seeds)}"
     axes[0][0].set_title(size, fontsize=8)
     axes[0][0].legend(loc="lower right", fontsize=8)
     axes[-1][0].set_xlabel("model GFLOPs (6ND trained + 2ND sampled)")
@@ -209,8 +208,8 @@ def draw(evaluation, path):
     plt.close(figure)
 
 
-def most_compute(evaluation):
-    return max(found[-1].gflops for arms in evaluation.curves.values() for found in arms.values())
+def most_compute(results):
+    return max(found[-1].gflops for arms in results.curves.values() for found in arms.values())
 
 
 def draw_compute(axis, arms):
@@ -237,10 +236,16 @@ def draw_recognition(axis, arms, most):
 
 
 # ---------------------------------------------------------------- blocks of the documents
-def pick(found, metric, **wanted):
-    """The metric of the one row that has the wanted values. Raises: UserError if there is none."""
+def pick(found, place, temperature, arm, base=None):
+    """The Estimate at a place [split, variant, metric] of an arm, or of its difference to a base.
+
+    Raises: UserError if there is none.
+    """
+    split, variant, metric = place
+    wanted = (split, variant, temperature, arm, base)
     for row in found:
-        if wanted.items() <= row.items() and metric in row["metrics"]:
+        here = (row["split"], row["variant"], row["temperature"], row["arm"], row.get("base"))
+        if here == wanted and metric in row["metrics"]:
             return row["metrics"][metric]
     raise UserError(f"no {metric} of {wanted}")
 
@@ -251,32 +256,26 @@ def markdown(head, body):
     return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *body)]
 
 
-def value_text(evaluation, arm, split, variant, metric):
+def value_text(results, place, arm, greedy=True):
     """An arm's value with half its interval, and the greedy one in brackets if that was played."""
-    wanted = {"arm": arm, "split": split, "variant": variant}
-    first, *others = evaluation.temperatures
-    estimate = pick(evaluation.table, metric, temperature=first, **wanted)
+    first, *others = results.temperatures
+    estimate = pick(results.table, place, first, arm)
     text = f"{estimate.value:.1f} ± {(estimate.high - estimate.low) / 2:.1f}"
-    if 0 in others:
-        greedy = pick(evaluation.table, metric, temperature=0, **wanted)
-        text += f" ({greedy.value:.1f})"
+    if greedy and 0 in others:
+        text += f" ({pick(results.table, place, 0, arm).value:.1f})"
     return text
 
 
-def gap_text(evaluation, pair, split, variant, metric):
+def gap_text(results, place, pair):
     """A paired difference with its interval, at the first temperature."""
-    arm, base = pair
-    estimate = pick(evaluation.differences, metric, arm=arm, base=base, split=split,
-                    variant=variant, temperature=evaluation.temperatures[0])
+    estimate = pick(results.differences, place, results.temperatures[0], *pair)
     return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
 
 
-def gaps_by_seed(evaluation, pair, split, variant, metric):
-    """The same difference within each run, as numbers."""
-    arm, base = pair
-    found = [pick(own, metric, arm=arm, base=base, split=split, variant=variant,
-                  temperature=evaluation.temperatures[0]) for own in evaluation.per_run]
-    return [f"{estimate.value:+.1f}" for estimate in found]
+def gaps_by_seed(results, place, pair):
+    """The same difference within each run; an earlier training may not have kept them."""
+    gaps = [pick(found, place, results.temperatures[0], *pair) for found in results.per_run]
+    return ", ".join(f"{gap.value:+.1f}" for gap in gaps) or "not kept"
 
 
 def pair_name(pair):
@@ -293,18 +292,18 @@ def headline_block(fields, folder):
     """Rule OOD of the four tasks, the paper's beside ours."""
     head = ["rule OOD, %", *(NAMES[arm] for arm in ARMS), "paper (11B): Init / SFT / RL"]
     body = []
-    for task, (name, split, metric, measure) in HEADLINE.items():
-        evaluation = Evaluation(ROOT / "results" / f"{name}_mini.json")
-        evaluation.temperatures = evaluation.temperatures[:1]
-        ours = [value_text(evaluation, arm, split, "rule OOD", metric) for arm in ARMS]
+    for label, (name, place) in HEADLINE.items():
+        results = Results(ROOT / "results" / f"{name}.json")
+        ours = [value_text(results, place, arm, greedy=False) for arm in ARMS]
+        task = label.split(",")[0]
         theirs = paper(f"{task} rule OOD")
-        body.append([f"{task}, {measure}", *ours, " / ".join(f"{theirs[arm]}" for arm in ARMS)])
+        body.append([label, *ours, " / ".join(str(theirs[arm]) for arm in ARMS)])
     return markdown(head, body)
 
 
 def table_block(fields, folder):
     """The arms and their paired differences, a row per (split, variant, metric) or of the paper."""
-    evaluation = Evaluation(ROOT / fields["source"])
+    results = Results(ROOT / fields["source"])
     head = ["%", *(NAMES[arm] for arm in ARMS), *map(pair_name, PAIRS)]
     body = []
     for label, place in fields["rows"].items():
@@ -313,18 +312,18 @@ def table_block(fields, folder):
             values = [f"{theirs[arm]:.1f}" for arm in ARMS]
             gaps = [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
         else:
-            values = [value_text(evaluation, arm, *place) for arm in ARMS]
-            gaps = [gap_text(evaluation, pair, *place) for pair in PAIRS]
+            values = [value_text(results, place, arm) for arm in ARMS]
+            gaps = [gap_text(results, place, pair) for pair in PAIRS]
         body.append([label, *values, *gaps])
-    compute = [f"{evaluation.gflops[arm]:,.0f}" for arm in ARMS]
+    compute = [f"{results.gflops[arm]:,.0f}" for arm in ARMS]
     body.append(["model GFLOPs", *compute, "", "", ""])
     return markdown(head, body)
 
 
 def trainings_block(fields, folder):
     """How far trainings differ: differences by seed, then those of the earlier training."""
-    now = Evaluation(ROOT / fields["source"])
-    before = Evaluation(ROOT / fields["source"], earlier=True)
+    now = Results(ROOT / fields["source"])
+    before = Results(ROOT / fields["source"], earlier=True)
     seeds = ", ".join(map(str, now.seeds))
     head = ["points", "this training", f"seeds {seeds}", "earlier training", f"seeds {seeds}"]
     body = []
@@ -332,45 +331,38 @@ def trainings_block(fields, folder):
         for pair in PAIRS[:2]:
             cells = [f"{label}: {pair_name(pair)}"]
             for training in (now, before):
-                cells.append(gap_text(training, pair, *place))
-                cells.append(", ".join(gaps_by_seed(training, pair, *place)) or "not kept")
+                cells.append(gap_text(training, place, pair))
+                cells.append(gaps_by_seed(training, place, pair))
             body.append(cells)
     return markdown(head, body)
 
 
 def grid_block(fields, folder):
     """Arms against variants: the first metric, the second in brackets."""
-    evaluation = Evaluation(ROOT / fields["source"])
+    results = Results(ROOT / fields["source"])
     body = []
     for label, arm in fields["rows"].items():
         cells = [label]
-        for variant in evaluation.variants:
-            first, second = (pick(evaluation.table, metric, arm=arm, split=fields["split"],
-                                  variant=variant) for metric in fields["metrics"])
+        for variant in results.variants:
+            first, second = [pick(results.table, [fields["split"], variant, metric],
+                                  results.temperatures[0], arm) for metric in fields["metrics"]]
             cells.append(f"{first.value:.0f} ({second.value:.0f})")
         body.append(cells)
-    return markdown([fields["head"], *evaluation.variants], body)
+    return markdown([fields["head"], *results.variants], body)
 
 
 def figure_block(fields, folder):
     """A picture of the curves and how many episodes are behind it."""
-    evaluation = Evaluation(ROOT / fields["source"])
+    results = Results(ROOT / fields["source"])
     link = os.path.relpath(ROOT / fields["image"], folder)
-    unit, n = fields["unit"], next(iter(evaluation.episodes.values()))
-    caption = (f"{fields['title']}, {len(evaluation.seeds)} seeds. In the picture each seed and "
-               f"point has {evaluation.curve_n} {unit} (bands: 95 %), in the tables {n}.")
+    unit, n = fields["unit"], next(iter(results.episodes.values()))
+    caption = (f"{fields['title']}, {len(results.seeds)} seeds. In the picture each seed and "
+               f"point has {results.curve_n} {unit} (bands: 95 %), in the tables {n}.")
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
-def console_block(fields, folder):
-    """What this script prints of it."""
-    evaluation = Evaluation(ROOT / fields["source"])
-    lines = table_lines(evaluation) + difference_lines(evaluation)
-    return ["```", *(line.rstrip() for line in lines[1:]), "```"]
-
-
 BLOCKS = {"headline": headline_block, "table": table_block, "trainings": trainings_block,
-          "grid": grid_block, "figure": figure_block, "console": console_block}
+          "grid": grid_block, "figure": figure_block}
 
 
 def regenerate(text, folder):
@@ -399,7 +391,7 @@ def write_documents():
         for kind, written, _ in BLOCK.findall(new):
             if kind == "figure":
                 fields = yaml.safe_load(written)
-                draw(Evaluation(ROOT / fields["source"]), ROOT / fields["image"])
+                draw(Results(ROOT / fields["source"]), ROOT / fields["image"])
                 print(f"drawn: {fields['image']}")
 
 
@@ -444,17 +436,17 @@ def main(arguments):
     if not options.what:
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
-    evaluation = Evaluation(path)
-    lines = table_lines(evaluation)
-    if evaluation.differences:
-        lines += difference_lines(evaluation)
+    results = Results(path)
+    lines = table_lines(results)
+    if results.differences:
+        lines += difference_lines(results)
     print("\n".join(lines))
-    if evaluation.has_curves() and path.name == "evaluation.json":
+    if results.has_curves() and path.name == "evaluation.json":
         figure = path.with_suffix(".png")
-        draw(evaluation, figure)
+        draw(results, figure)
         print(f"\nwritten: {figure}")
-    if evaluation.transcripts:
-        print("\n".join(transcript_lines(evaluation)))
+    if results.transcripts:
+        print("\n".join(transcript_lines(results)))
     if options.publish:
         publish(path, options.publish)
 
