@@ -49,7 +49,7 @@ class Results:
     """What an evaluation.json holds, its lists turned into the classes of lib/results.py.
 
     Args: earlier: instead of it, the earlier training of the same seeds that is stored beside it.
-    Raises: UserError if there is no such file.
+    Raises: UserError if there is no such file, or one of an older version.
     """
 
     def __init__(self, path, earlier=False):
@@ -57,6 +57,8 @@ class Results:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"cannot read {path}: run eval.py first") from None
+        if "reports" not in stored:
+            raise UserError(f"{path} is of an older version: run eval.py again")
         self.seeds, self.episodes = stored["seeds"], stored["splits"]
         self.splits, self.variants = list(stored["splits"]), list(stored["variants"])
         self.temperatures, self.curve_n = stored["temperatures"], stored["curve_n"]

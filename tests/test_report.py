@@ -166,6 +166,12 @@ def test_nothing_evaluated_is_a_user_error(tmp_path):
         report.main([str(tmp_path)])
 
 
+def test_evaluation_of_an_older_version_is_a_user_error(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"gflops": {}, "table": []}')
+    with pytest.raises(UserError, match="older version: run eval.py again"):
+        report.main([str(tmp_path)])
+
+
 # ---------------------------------------------------------------- figures
 def drawn(show, monkeypatch, **changes):
     import matplotlib.pyplot as plt
