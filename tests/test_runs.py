@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
+import report
 import rl
 import sft
 from lib import training
@@ -55,6 +56,10 @@ TINY = (
 )
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background ignores it
 MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
+
+
+def run_report(folder):
+    report.main([str(folder)])
 
 
 def run(script, folder, *overrides, config=CONFIG, tiny=TINY):
@@ -496,11 +501,12 @@ def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- evaluation
 @pytest.fixture(scope="module")
 def evaluated(whole, tmp_path_factory):
-    """(run directory, what eval.py printed)."""
+    """(run directory, what report.py printed of its evaluation)."""
     folder, printed = tmp_path_factory.mktemp("evaluated") / "run", io.StringIO()
     shutil.copytree(whole, folder)
+    run("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
@@ -548,8 +554,13 @@ def test_second_evaluation_plays_nothing_and_says_the_same(evaluated, no_model, 
     folder, printed = evaluated
     before = (folder / "evaluations.jsonl").read_bytes()
     run("eval", folder)
+    run_report(folder)
     assert capsys.readouterr().out == printed
     assert (folder / "evaluations.jsonl").read_bytes() == before
+
+
+def table_lines(printed):
+    return [line for line in printed.splitlines() if "written" not in line]
 
 
 def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
@@ -559,8 +570,9 @@ def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
     cells = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(cells[:-2]) + cells[-2][:40])
     run("eval", tmp_path / "run")
-    said = capsys.readouterr().out.replace(str(tmp_path / "run"), str(folder))
-    assert said == printed
+    run_report(tmp_path / "run")
+    again = capsys.readouterr().out
+    assert table_lines(again) == table_lines(printed)
     again = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
     assert sorted(again) == sorted(c.strip() for c in cells)
 
@@ -676,12 +688,13 @@ def run_pictures(script, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """(run directory of an SFT and a PPO run on pictures, what eval.py printed)."""
+    """(run directory of an SFT and a PPO run on pictures, what report.py printed)."""
     folder, printed = tmp_path_factory.mktemp("seeing") / "run", io.StringIO()
     run_pictures("sft", folder)
     run_pictures("rl", folder)
+    run_pictures("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run_pictures("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
@@ -766,6 +779,7 @@ def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys)
     path = tmp_path / "run" / "evaluations.jsonl"
     path.write_text("".join(json.dumps(cell) + "\n" for cell in stored))
     run("eval", tmp_path / "run")
+    run_report(tmp_path / "run")
     assert capsys.readouterr().out.replace(str(tmp_path / "run"), str(folder)) == printed
     assert sorted(map(json.dumps, lines(path))) == sorted(map(json.dumps, cells))
 
