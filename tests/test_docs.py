@@ -1,12 +1,16 @@
 """The documents keep their word: links lead somewhere, commands are accepted, the example works."""
 
 import importlib.util
+import json
 import re
 import shlex
+from statistics import median
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
+import gp
 import rollout
 from lib import settings
 
@@ -14,6 +18,25 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "mini" / "README.md", *sorted((ROOT / "d
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=NAMED)
 SCRIPTS = ("sft.py", "rl.py", "eval.py", "report.py", "plan.py")
+WAYS = {
+    "one at a time": "one at a time",
+    "bare generate": "bare `generate`",
+    "ours": "this repository",
+}
+RATIOS = {
+    "rollout, times one at a time": "rollout, ours / one at a time",
+    "rollout and update, times one at a time": "rollout + update, ours / one at a time",
+    "rollout, times bare `generate`": "rollout, ours / bare generate",
+}
+MEDIANS = {
+    "seconds for 256 turns: rollout": "rollout",
+    "seconds for 256 turns: update": "update",
+    "peak memory, GiB": "peak",
+}
+
+
+def turns_per_second(rounds):
+    return median(played["turns"] / played["rollout"] for played in rounds)
 
 
 def blocks(path, language):
@@ -44,7 +67,7 @@ def test_links_lead_somewhere(path):
 def commands(path):
     """(script, arguments) of every `python ...` in a file's shell blocks and backticks."""
     text = "\n".join([*blocks(path, "bash"), *re.findall(r"`(python [^`]*)`", path.read_text())])
-    for part in re.split(r"&&|;|\n", text):
+    for part in re.split(r"&&|;|\n", text.replace("\\\n", " ")):
         words = shlex.split(part, comments=True)
         if "python" in words:
             script, *arguments = words[words.index("python") + 1 :]
@@ -67,6 +90,46 @@ def test_commands_are_accepted(path):
 
 def test_readme_is_one_sitting():
     assert len((ROOT / "README.md").read_text().split()) <= 2000
+
+
+def test_the_episode_is_what_the_verifier_says():
+    """README's prompt, verifier's text, rewards and picture, from the seed that it names."""
+    text = (ROOT / "README.md").read_text()
+    episode = re.search(r"^Prompt .*?^```", text, re.MULTILINE | re.DOTALL)[0]
+    first, second = re.findall(r"Answer \d +(\{.*)", episode)
+    env = gp.GeneralPoints(split="all", image_size=[112, 112])
+    obs, _ = env.reset(int(re.search(r"evaluation seed (\d+)", text)[1]))
+    prompt = obs["messages"][0]["content"][1]["text"]
+    shown = re.search(r"Prompt (.*?)Answer 1", episode, re.DOTALL)[1]
+    assert shown.split() == prompt.split()
+    _, reward, _, _, info = env.step(first)
+    assert f"Verifier   {info['feedback']}   (reward {reward:+g})" in episode
+    _, reward, solved, _, _ = env.step(second)
+    assert solved and f"(reward {reward:+g})" in episode
+    large = obs["image"].resize((336, 336), Image.Resampling.NEAREST)
+    drawn = Image.open(ROOT / "docs" / "episode.png").convert("RGB")
+    assert drawn.tobytes() == large.tobytes()
+
+
+def test_the_speeds_are_those_measured():
+    """docs/speed.md's table, from results/benchmark_*.json."""
+    page = (ROOT / "docs" / "speed.md").read_text()
+    cells = {}  # label: [GP-L, GP-VL]
+    for name in ("benchmark_mini", "benchmark_gp_vl_mini"):
+        result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        ours = result["rounds"]["ours"]
+        numbers = {
+            f"turns/s in the rollout: {shown}": f"{turns_per_second(result['rounds'][way]):.1f}"
+            for way, shown in WAYS.items()
+        }
+        for label, key in RATIOS.items():
+            numbers[label] = f"{result['ratios'][key]['median']:.1f}"
+        for label, key in MEDIANS.items():
+            numbers[label] = f"{median(played[key] for played in ours):.2f}"
+        for label, number in numbers.items():
+            cells.setdefault(label, []).append(number)
+    for label, (gp_l, gp_vl) in cells.items():
+        assert f"| {label} | {gp_l} | {gp_vl} |" in page
 
 
 # ---------------------------------------------------------------- docs/new_environment.md's example
