@@ -233,7 +233,7 @@ def draw_recognition(axis, arms, most):
         if arm == "Init":
             axis.scatter(recognition, value, color=COLORS[arm], marker="*", s=144, zorder=5)
         else:
-            alpha = [0.2 + 0.8 * compute / most for compute in gflops]
+            alpha = [1 - 0.8 * (1 - compute / most) for compute in gflops]
             axis.scatter(recognition, value, color=COLORS[arm], s=30, alpha=alpha, zorder=2)
 
 
