@@ -15,6 +15,7 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
+from lib.checks import choice, whole
 from lib.settings import UserError
 from rollout import Play, counts, evaluate, make_env, play_reference
 
@@ -22,6 +23,7 @@ from rollout import Play, counts, evaluate, make_env, play_reference
 class Corridor:
     """Forward or turn at each position, stop at the last; each begins a new conversation."""
 
+    SETTINGS = {"longest": whole(1), "split": choice("all")}
     answer_key, references = "", ("always forward", "expert")
 
     def __init__(self, longest=4, split="all", verify_iters=2):

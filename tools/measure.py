@@ -19,7 +19,8 @@ from tqdm import tqdm
 import rl
 from lib.batching import sequences_of
 from lib.settings import ROOT, UserError
-from rollout import Play, make_env
+from lib.training import answer_logprobs
+from rollout import Play, collect, make_env
 
 
 # ---------------------------------------------------------------- the command line
@@ -129,13 +130,16 @@ class Iteration:
 
     def rollout(self, play, ppo):
         """Returns: (Turns, their advantages, their returns), what `update` takes."""
-        return rl.rollout(self.policy, play, ppo, self.sampler, tqdm(disable=True))
+        found = collect(self.policy, play, ppo.turns, ppo.temperature, self.sampler,
+                        tqdm(disable=True))
+        advantages, returns = rl.gae(found.rewards * ppo.reward_scale, found.values, found.dones,
+                                     found.last_values, ppo.gamma, ppo.lam)  # (T, N)
+        return found.turns, advantages.flatten(), returns.flatten()
 
     def update(self, batch, ppo, answer_key):
         """All epochs over the batch of one rollout, the pass for the KL penalty included."""
-        turns, advantages, returns = batch
-        rl.update(self.policy, self.optimizer, turns, advantages, returns, ppo, answer_key,
-                  self.start, self.shuffler)
+        prepared = rl.prepare(self.policy, *batch, ppo, answer_key, self.start)
+        rl.update(self.policy, self.optimizer, prepared, ppo, self.shuffler)
 
     def batch_of(self, turns, ppo):
         """What `update` takes, from Turns that were sampled without log-probs and values.
@@ -143,7 +147,7 @@ class Iteration:
         Rewards stand in for advantages and returns: the update's work is the same.
         """
         packed = sequences_of(turns, len(turns))
-        scored = rl.reference_logprobs(self.policy, packed, 1, ppo.temperature)
+        scored = answer_logprobs(self.policy, packed, 1, ppo.temperature)
         for turn, logprobs in zip(turns, scored):
             turn.logprobs = logprobs
         rewards = torch.tensor([turn.reward for turn in turns]) * ppo.reward_scale  # (T,)
