@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from conftest import CONFIG, policies
-from test_runs import assert_same_run, lines, log, run, stop_after
+from test_runs import assert_same_run, lines, log, run, run_report, stop_after
 
 from lib import settings as config
 import virl
@@ -39,12 +39,13 @@ REFERENCES = ("always forward", "copy the compass word", "copy the relative word
 
 @pytest.fixture(scope="module", params=[WORDS, VIEWS], ids=lambda path: path.stem)
 def walked(request, tmp_path_factory):
-    """(configuration, run directory of an SFT and a PPO run, what eval.py printed)."""
+    """(configuration, run directory of an SFT and a PPO run, what report.py printed)."""
     folder, printed = tmp_path_factory.mktemp(request.param.stem) / "run", io.StringIO()
     run("sft", folder, config=request.param, tiny=TINY)
     run("rl", folder, config=request.param, tiny=TINY)
     with contextlib.redirect_stdout(printed):
         run("eval", folder, config=request.param, tiny=TINY)
+        run_report(folder)
     return request.param, folder, printed.getvalue()
 
 
