@@ -13,7 +13,7 @@ import torch
 import gp
 import virl
 from lib.batching import Sequence
-from lib.checks import nearest
+from lib.checks import check_settings
 from lib.settings import UserError
 
 ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}  # by env.name in the YAML
@@ -96,10 +96,10 @@ def make_env(settings, verify_iters, **changes):
     if not isinstance(name, str) or name not in ENVIRONMENTS:
         raise UserError(f"env.name: {name!r} is none of {', '.join(ENVIRONMENTS)}")
     environment = ENVIRONMENTS[name]
-    known = environment.SETTINGS
-    for key in settings:
-        if key not in known:
-            raise UserError(f"unknown key env.{key}{nearest(key, known)}")
+    try:
+        check_settings(settings, environment.SETTINGS, prefix="env.")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         return environment(**settings, verify_iters=verify_iters)
     except ValueError as error:

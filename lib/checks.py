@@ -97,6 +97,19 @@ def mapping_of(accepts):
     return check
 
 
+def either(*checks):
+    """What one of the checks accepts, tried in order."""
+    def check(value):
+        errors = []
+        for accepts in checks:
+            try:
+                return accepts(value)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(" and ".join(errors))
+    return check
+
+
 # ---------------------------------------------------------------- settings with names
 def checked(name, value, accepts):
     """The value of one setting as `accepts` returns it.
@@ -124,19 +137,6 @@ def check_settings(settings, schema, prefix=""):
         if name in settings:
             clean[name] = checked(f"{prefix}{name}", settings[name], accepts)
     return clean
-
-
-def either(*checks):
-    """What one of the checks accepts, tried in order."""
-    def check(value):
-        errors = []
-        for accepts in checks:
-            try:
-                return accepts(value)
-            except ValueError as error:
-                errors.append(str(error))
-        raise ValueError(" and ".join(errors))
-    return check
 
 
 def fields(schema):

@@ -36,21 +36,30 @@ class Decoding:
 
 def join(parts):
     """One Decoding of several, rows one after the other; the parts give up their caches."""
-    first, *others = parts
-    _join_caches(first.cache, [part.cache for part in others])
-    first.mask = torch.cat([part.mask for part in parts])
-    first.position_offset = torch.cat([part.position_offset for part in parts])
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    caches, masks, offsets = [], [], []
+    for part in parts:
+        caches.append(part.cache)
+        masks.append(part.mask)
+        offsets.append(part.position_offset)
+    _join_caches(caches)
+    first.mask = torch.cat(masks)  # (N, T)
+    first.position_offset = torch.cat(offsets)  # (N, 1)
     for name in first.further:
         first.further[name] = torch.cat([part.further[name] for part in parts])
     return first
 
 
-def _join_caches(cache, others):
-    """Append the rows of other caches layer by layer, so that one layer alone is there twice."""
-    for layer, *more in zip(cache.layers, *(other.layers for other in others)):
-        if not more or not layer.is_initialized:  # without an image cross-attention has no keys
+def _join_caches(caches):
+    """Append the rows of all caches to the first, layer by layer: only one is there twice."""
+    for number, layer in enumerate(caches[0].layers):
+        if not layer.is_initialized:  # without an image cross-attention has no keys
             continue
+        layers = [cache.layers[number] for cache in caches]
         for kind in ("keys", "values"):
-            setattr(layer, kind, torch.cat([getattr(part, kind) for part in (layer, *more)]))
-            for part in more:
-                setattr(part, kind, None)
+            joined = torch.cat([getattr(one, kind) for one in layers])
+            for one in layers:
+                setattr(one, kind, None)
+            setattr(layer, kind, joined)
