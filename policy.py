@@ -2,8 +2,9 @@
 
 It does two things. `sample` writes one answer per prompt, token by token. `score` reads whole
 conversations in one pass and gives the log-probs of the answers' tokens and the value before each
-answer. Both see the same numbers: tokens are sampled from softmax(logits / T) without truncation
-and `score` recomputes exactly that; token ids are kept, text is never tokenised again.
+answer. Tokens are sampled from softmax(logits / T) without truncation, and `score` computes the
+same from the ids that were sampled: to rounding in fp32, not in 16 bits (see rl.py). In a later
+prompt an answer stands as text and gets its ids anew; lib/batching.pack notices if they differ.
 
 Letters in comments: N prompts, B conversations, S answers, T tokens of the longest, A answer
 tokens in all, C the width of hidden states, V the vocabulary. Knows no environment.
@@ -105,8 +106,8 @@ class Policy:
         self.device = _device(model.device)
         torch.manual_seed(seed)
         self.tokenizer, self.image_processor, self.base, self.family = load_base(model, self.device)
-        self._count_parameters()
-        self.net = add_lora(self.base, self.family.parts, model.tune, lora)  # base lies inside
+        self._count_parameters()  # before LoRA adds its own
+        self.net = add_lora(self.base, self.family.parts, model.tune, lora)  # changes base in place
         self.has_lora = lora is not None
         width = self.base.config.get_text_config().hidden_size
         self.value_head = ValueHead(width, value_hidden).to(self.device)
@@ -133,11 +134,11 @@ class Policy:
         vocabulary = torch.arange(self.base.lm_head.out_features, device=self.device)
         forbidden = (vocabulary >= len(self.tokenizer)) | (vocabulary == self.family.image_token)
         if model.random_init:
-            self.text = FilledPromptEncoder(self.tokenizer, self.family, model)
-            spellable = torch.tensor(self.text.spellable, device=self.device)
+            self.prompts = FilledPromptEncoder(self.tokenizer, self.family, model)
+            spellable = torch.tensor(self.prompts.spellable, device=self.device)
             forbidden = ~torch.isin(vocabulary, spellable)  # what is sampled must read back
         else:
-            self.text = PromptEncoder(self.tokenizer, self.family)
+            self.prompts = PromptEncoder(self.tokenizer, self.family)
         self.max_new_tokens = model.answer_tokens if model.random_init else model.max_new_tokens
         self.forbidden = forbidden  # (V,) bool
         ends = self.base.generation_config.eos_token_id  # one, several or None
@@ -152,15 +153,15 @@ class Policy:
 
     def encode(self, observations):
         """Prompts (Sequences) of observations {"messages", "image"}."""
-        return self.text.encode(observations)
+        return self.prompts.encode(observations)
 
     def encode_answers(self, texts):
         """Answer ids, the end-of-turn token included."""
-        return self.text.encode_answers(texts)
+        return self.prompts.encode_answers(texts)
 
     def decode(self, ids):
         """Text of answer ids."""
-        return self.text.decode(ids)
+        return self.prompts.decode(ids)
 
     # ------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -256,8 +257,9 @@ class Policy:
 
     @contextmanager
     def inference(self):
-        """For a rollout or an evaluation: inside, weights do not change, so each image is encoded
-        once and, with model.merge_for_sampling, LoRA is merged into dense copies. May be nested."""
+        """For a rollout or an evaluation: inside, weights do not change, so features of images are
+        kept (as far as model.image_cache reaches) and, with model.merge_for_sampling, LoRA is
+        merged into dense copies. May be nested."""
         if self.in_inference:
             yield
             return
@@ -277,21 +279,20 @@ class Policy:
 
         Args: list of B Sequences with S answers of A tokens in all, in the order of the sequences
             and their spans.
-        Returns: dict with logprobs (A,), entropy (A,), turn (A,): index of the answer 0..S-1, and
-            values (S,).
+        Returns: dict with logprobs (A,), entropy (A,), answer (A,): which of the answers 0..S-1 a
+            token belongs to, and values (S,).
         Raises: RuntimeError within `inference`, where merged layers pass no gradient back.
         """
         if self.in_inference:
             raise RuntimeError("score within inference(): leave the rollout first")
         with self._autocast():
             ids, hidden = self._hidden_states(sequences)  # (B, T), (B, T, C)
-            at = answer_tokens(sequences)
-            at = type(at)(*(index.to(self.device) for index in at))
+            at = answer_tokens(sequences, self.device)
             before = hidden[at.row, at.column - 1]  # (A, C): a token is predicted one place earlier
             logprobs, entropy = self._answer_logprobs(before, ids[at.row, at.column], temperature)
         states = hidden[at.state_row, at.state_column]  # (S, C)
         values = self.value_head(states.detach() if self.value_detach else states)
-        return {"logprobs": logprobs, "entropy": entropy, "turn": at.turn, "values": values}
+        return {"logprobs": logprobs, "entropy": entropy, "answer": at.answer, "values": values}
 
     def _hidden_states(self, sequences):
         """ids (B, T) and final hidden states (B, T, C) of whole conversations."""

@@ -7,19 +7,20 @@ log-probs, PPO epochs over minibatches, log, checkpoint.
 
 Deviations from the paper, each a YAML key: LoRA on a 4-bit base instead of full fine-tuning (so
 larger learning rates), a value head on detached features with its own learning rate, an optional KL
-penalty to the start, rewards scaled before GAE. SFT and PPO of one seed draw the same hands.
-Beyond the paper's budget of attempts no ungraded answer is sampled, and nothing leaks across an
-episode's end.
+penalty to the start, rewards scaled before GAE. SFT and PPO of one seed draw the same hands. No
+ungraded answer is sampled beyond the budget of attempts; nothing leaks across an episode's end.
 
 Logged per update (metrics.jsonl):
   reward (mean per answer, paper's points), success (share of finished episodes solved),
   first_attempt (share of first attempts that are right), per_step (of all answers), recognition
   (share of first attempts that report the right observation), answers (category shares),
-  kl_old, kl_start (from the policy to the one that sampled and to the start, nats per answer),
-  clip_fraction (of ratios), entropy (nats per token), explained_variance (of returns by values),
-  value_loss (mean square), ratio_gap (mean |ratio - 1| before the first step), sampler_gap (the
-  same between what was sampled and the old log-probs, which 16 bits make anew), grad_norm (before
-  clipping), tokens, gflops (so far, paper's formulas, Init included), seconds, peak_memory_gib.
+  kl_old (mean of ratio - 1 - log ratio over answers: KL(old || policy), prefix weighted),
+  kl_start (half the squared log-ratio to the start, summed over an answer), clip_fraction (of
+  ratios), entropy (nats per token), explained_variance (of returns by values), value_loss (mean
+  square), ratio_gap (mean |ratio - 1| before the first step), sampler_gap (the same between what
+  was sampled and the old log-probs, which 16 bits make anew), grad_norm (before clipping; without
+  the value head, which is not clipped), tokens, gflops (so far, paper's formulas, Init included),
+  seconds, peak_memory_gib.
 """
 import time
 from collections import Counter
@@ -83,14 +84,14 @@ def clipped_surrogate(log_ratio, advantages, clip):
     return loss.sum(), outside.sum()
 
 
-def ppo_loss(new, old, start, weights, turn, advantages, values, returns, entropy, ppo, size):
+def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, entropy, ppo, size):
     """Loss of a micro-batch: those of all micro-batches add up to the mean over their minibatch.
 
     Args:
         new, old, start: (A,) log-probs of the answer tokens now, before the update, and under the
             start policy (None: no KL penalty).
         weights: (A,) of the tokens' log-probs in the ratio of their turn: see token_weights.
-        turn: (A,) which of the S turns a token belongs to, 0..S-1.
+        turn_of: (A,) which of the S turns a token belongs to, 0..S-1.
         advantages, values, returns: (S,). entropy: (A,) of the policy at each token, nats.
         ppo: cfg.ppo: ratio ("turn" or "token"), clip, value_coef, entropy_coef, kl_coef.
         size: of the minibatch: size.turns, size.tokens.
@@ -98,15 +99,15 @@ def ppo_loss(new, old, start, weights, turn, advantages, values, returns, entrop
     """
     turns, tokens = len(advantages), len(new)  # S, A
     token_log_ratio = new - old  # (A,)
-    turn_log_ratio = sum_per_turn(weights * token_log_ratio, turn, turns)  # (S,)
+    turn_log_ratio = sum_per_turn(weights * token_log_ratio, turn_of, turns)  # (S,)
     if ppo.ratio == "turn":
         policy_loss, clipped = clipped_surrogate(turn_log_ratio, advantages, ppo.clip)
-    else:  # every token has its turn's advantage, and the mean is over tokens
-        policy_loss, clipped = clipped_surrogate(token_log_ratio, advantages[turn], ppo.clip)
+    else:  # every token has its turn's advantage and weighs 1; the mean is over tokens
+        policy_loss, clipped = clipped_surrogate(token_log_ratio, advantages[turn_of], ppo.clip)
         policy_loss = policy_loss * size.turns / size.tokens
     value_loss = (values - returns).square().sum()
-    lengths = sum_per_turn(torch.ones_like(new), turn, turns)  # (S,)
-    turn_entropy = sum_per_turn(entropy, turn, turns) / lengths  # (S,) nats per token
+    lengths = sum_per_turn(torch.ones_like(new), turn_of, turns)  # (S,)
+    turn_entropy = sum_per_turn(entropy, turn_of, turns) / lengths  # (S,) nats per token
     loss = policy_loss + ppo.value_coef * value_loss - ppo.entropy_coef * turn_entropy.sum()
     kl_start = torch.zeros(())
     if start is not None:
@@ -124,9 +125,9 @@ def ppo_loss(new, old, start, weights, turn, advantages, values, returns, entrop
     return loss / size.turns, sums
 
 
-def sum_per_turn(tokens, turn, turns):
+def sum_per_turn(tokens, turn_of, turns):
     """Sums of token values (A,) by the turn they belong to (A,). Returns: (S,), S = turns."""
-    return tokens.new_zeros(turns).index_add(0, turn, tokens)
+    return tokens.new_zeros(turns).index_add(0, turn_of, tokens)
 
 
 # ---------------------------------------------------------------- one update
@@ -173,7 +174,7 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
         known = batch.targets(group, policy.device)
         loss, part = ppo_loss(
             new=scored["logprobs"], old=known.old, start=known.start, weights=known.weights,
-            turn=scored["turn"], advantages=known.advantages, values=scored["values"],
+            turn_of=scored["answer"], advantages=known.advantages, values=scored["values"],
             returns=known.returns, entropy=scored["entropy"], ppo=ppo, size=size)
         loss.backward()
         sums.update(part)

@@ -153,7 +153,7 @@ class Play:
             observation, _ = self.envs[slot].reset(seed)
             self.episodes[slot] = Episode(seed, observation, [])
 
-    def turn(self, policy, temperature, generator):
+    def answer_all(self, policy, temperature, generator):
         """Every environment that has an episode gets one answer.
 
         Returns: list of Turns, in the order of the environments.
@@ -230,7 +230,7 @@ def collect(policy, play, turns, temperature, generator, progress):
     played = []
     with policy.inference():
         for _ in range(turns):
-            played += play.turn(policy, temperature, generator)
+            played += play.answer_all(policy, temperature, generator)
             progress.set_description(f"rollout {len(played)}")
         last_values = play.last_values(policy)
     shape = (turns, len(play.envs))  # (T, N)
@@ -312,7 +312,7 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
     episodes = {}  # seed: its Turns
     with policy.inference():
         while any(play.episodes):
-            for turn in play.turn(policy, temperature, generator):
+            for turn in play.answer_all(policy, temperature, generator):
                 episodes.setdefault(turn.seed, []).append(turn)
                 if turn.done and progress is not None:
                     progress.update()

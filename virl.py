@@ -245,8 +245,8 @@ class Navigation:
         heading = self._start_heading()
         self.rail = self._rail(heading)
         before = (heading, *self.route.headings)
-        self.turns = [turn_word(a, b) for a, b in zip(before, self.route.headings)]
-        self.instructions = _instructions(self.route, self.turns)
+        self.turn_words = [turn_word(a, b) for a, b in zip(before, self.route.headings)]
+        self.instructions = _instructions(self.route, self.turn_words)
         self.at = int(progress * len(self.rail))
         self.done = False
         self._arrive()
@@ -379,7 +379,7 @@ class Navigation:
 
     def _turn(self, leg, rule):
         """The action that turns into a leg."""
-        word = self.turns[leg]
+        word = self.turn_words[leg]
         if rule == "absolute":
             word = COMPASS[octant(self.route.headings[leg])]
         return f"turn_direction({word})"
@@ -435,6 +435,6 @@ class Navigation:
             return "forward()"
         here = self.rail[self.at]
         next_turn = here.leg if here.action == "turn" else here.leg + 1
-        if next_turn < len(self.turns):
+        if next_turn < len(self.turn_words):
             return self._turn(next_turn, self.rule)
         return "stop()"

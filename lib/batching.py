@@ -42,7 +42,10 @@ def pack(turns):
 
 
 def _extends(prompt, sequence):
-    """Whether the prompt starts with the sequence and speaks of the same image."""
+    """Whether the prompt starts with the sequence and speaks of the same image.
+
+    It does not where an earlier answer, as text, has other ids than those that were sampled.
+    """
     same_image = prompt.image is sequence.image
     return same_image and prompt.ids[:len(sequence.ids)] == sequence.ids
 

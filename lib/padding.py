@@ -31,19 +31,20 @@ class AnswerTokens(NamedTuple):
     """Where the S answers of a batch stand, with A tokens in all; all int64."""
     row: torch.Tensor  # (A,) of each answer token
     column: torch.Tensor  # (A,)
-    turn: torch.Tensor  # (A,) which answer it belongs to, 0 .. S - 1
+    answer: torch.Tensor  # (A,) which answer it belongs to, 0 .. S - 1
     state_row: torch.Tensor  # (S,) of the last token before each answer, where its value is read
     state_column: torch.Tensor  # (S,)
 
 
-def answer_tokens(sequences):
+def answer_tokens(sequences, device):
     """AnswerTokens of sequences with spans, in the order of the sequences and their spans."""
-    rows, columns, turns, state_rows, state_columns = [], [], [], [], []
+    rows, columns, answers, state_rows, state_columns = [], [], [], [], []
     for row, sequence in enumerate(sequences):
         for start, end in sequence.spans:
-            turns += [len(state_rows)] * (end - start)
+            answers += [len(state_rows)] * (end - start)
             rows += [row] * (end - start)
             columns += range(start, end)
             state_rows.append(row)
             state_columns.append(start - 1)
-    return AnswerTokens(*map(torch.tensor, (rows, columns, turns, state_rows, state_columns)))
+    places = (rows, columns, answers, state_rows, state_columns)
+    return AnswerTokens(*[torch.tensor(place, device=device) for place in places])

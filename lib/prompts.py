@@ -18,7 +18,7 @@ class PromptEncoder:
         """Prompts of observations {"messages", "image"}, as Sequences without spans.
 
         The template writes the BOS, the tokenizer adds none. What a message spells is text: it
-        never becomes a special token.
+        never becomes a special token. Earlier answers are among the messages and get ids anew.
         """
         ids = self._ids([o["messages"] for o in observations])
         prompts = []

@@ -97,15 +97,16 @@ SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")
 
-# Keys that may differ when a run continues, perhaps elsewhere; what is learnt stays the same.
-PLANNING_KEYS = (  # lengths of texts, for plan.py and random weights: no real run reads them
+# Keys that may differ when a run continues, perhaps elsewhere: they name no arm (lib/runs.py), and
+# those of the model follow the machine that evaluates (eval.py). How far the run stays the same:
+PLANNING_KEYS = (  # to the last digit: lengths for plan.py and random weights, which no run reads
     "model.prompt_tokens", "model.answer_tokens", "model.revision_tokens")
-MEMORY_KEYS = (  # in what portions to compute: sums may round otherwise, images be encoded again
+MEMORY_KEYS = (  # to rounding: in what portions to compute (more FLOPs if images are encoded again)
     "model.memory", "model.image_cache", "model.gradient_checkpointing",
     "sft.micro_tokens", "ppo.micro_tokens")
-SAMPLING_KEYS = (  # how to sample: other answers may be drawn, from the same distribution
+SAMPLING_KEYS = (  # in distribution: other answers may be drawn
     "model.device", "model.sample_tokens", "model.merge_for_sampling")
-BOOKKEEPING_KEYS = (  # where things lie, what is kept; Policy.load refuses another model
+BOOKKEEPING_KEYS = (  # to the last digit: where things lie, what is kept (Policy.load tells a base)
     "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every")
 MAY_CHANGE = PLANNING_KEYS + MEMORY_KEYS + SAMPLING_KEYS + BOOKKEEPING_KEYS
 

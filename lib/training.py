@@ -96,7 +96,7 @@ def spent(policy, began):
 def ppo_statistics(batch, steps):
     """The statistics of one PPO update, see rl.py's glossary.
 
-    Args: batch: a Batch; steps: the sums of each optimiser step (rl.optimizer_step), in order.
+    Args: batch: a Batch; steps: the sums of each optimiser step (rl.minibatch_step), in order.
     """
     total = Counter()
     for step in steps:
@@ -207,5 +207,5 @@ def answer_logprobs(policy, packed, micro_tokens, temperature):
     for group in micro_batches(packed, micro_tokens):
         scored = policy.score([conversation.sequence for conversation in group], temperature)
         for position, index in enumerate(turns_of(group)):
-            found[index] = scored["logprobs"][scored["turn"] == position].cpu()
+            found[index] = scored["logprobs"][scored["answer"] == position].cpu()
     return [found[index] for index in range(len(found))]

@@ -118,7 +118,7 @@ def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
 
     games = Play([make_env(env, verify_iters) for _ in range(tables)], training_seeds(seed))
     generator = torch.Generator(policy.device).manual_seed(seed)
-    return [turn for _ in range(turns) for turn in games.turn(policy, temperature, generator)]
+    return [turn for _ in range(turns) for turn in games.answer_all(policy, temperature, generator)]
 
 
 def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):

@@ -262,7 +262,7 @@ def test_prompts_are_read_in_parts(policy, turns, monkeypatch, pictures, rows, p
         )
         for what, t in zip(pictures, turns)
     ]
-    prompts[1].ids.insert(len(prompts[1].ids) // 2, policy.text.filler)
+    prompts[1].ids.insert(len(prompts[1].ids) // 2, policy.prompts.filler)
     assert_read_in_parts(policy, prompts, monkeypatch, rows, parts)
 
 
@@ -281,7 +281,7 @@ def test_ratio_is_one_before_the_first_step(policy, turns):
         out = policy.score([s for s, _ in packed])
     for place, index in enumerate(i for _, members in packed for i in members):
         assert (
-            abs((out["logprobs"][out["turn"] == place] - turns[index].logprobs).sum().exp() - 1)
+            abs((out["logprobs"][out["answer"] == place] - turns[index].logprobs).sum().exp() - 1)
             < 1e-4
         )
 

@@ -120,12 +120,12 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
     """Prompts of `width` tokens, each with a picture of its own or none, followed by `spans` answers."""
     found = []
     for _ in range(rows):
-        ids = [policy.text.filler] * width
+        ids = [policy.prompts.filler] * width
         if image is not None:
             ids[1] = policy.family.image_token
         sequence = Sequence(ids, [], image and image.copy())
         for _ in range(spans):
-            sequence = sequence.answered([policy.text.filler] * answer)
+            sequence = sequence.answered([policy.prompts.filler] * answer)
         found.append(sequence)
     return found
 
@@ -207,7 +207,7 @@ def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, 
     monkeypatch.setattr(policy_module, "STATES_AT_ONCE", part * width * m.C)
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
-    prompts = [replace(p, ids=[policy.text.filler, policy.family.image_token, *p.ids[2:]], image=image) if size else p for p in prompts]
+    prompts = [replace(p, ids=[policy.prompts.filler, policy.family.image_token, *p.ids[2:]], image=image) if size else p for p in prompts]
     policy.sample(prompts[:1], 1.0, None, 1)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
     compare(plan.sampling(m, seen(m, image), rows, width, 2, False), tracked, m, dominant, "reading", "joining", "sampling",

@@ -96,7 +96,7 @@ def test_ratio_is_one_before_the_first_step(policy, turns, temperature, packed):
     with torch.no_grad():
         out = policy.score([s for s, _ in groups], temperature)
     for place, index in enumerate(i for _, members in groups for i in members):
-        turn, scored = played[index], out["logprobs"][out["turn"] == place]
+        turn, scored = played[index], out["logprobs"][out["answer"] == place]
         assert scored.shape == turn.logprobs.shape == (len(turn.answer),)
         for weight in (1, 0.5):
             log_ratio = (
@@ -328,7 +328,7 @@ def test_what_follows_an_answer_does_not_change_its_score(policy, turns):
     with torch.no_grad():
         long, short = policy.score([sequence]), policy.score([first])
     torch.testing.assert_close(
-        long["logprobs"][long["turn"] == 0], short["logprobs"], rtol=0, atol=1e-4
+        long["logprobs"][long["answer"] == 0], short["logprobs"], rtol=0, atol=1e-4
     )
 
 
@@ -608,7 +608,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     def turn(tables):
         return [
             (t.slot, t.seed, t.prompt, t.answer, t.reward, t.info)
-            for t in tables.turn(policy, 0, None)
+            for t in tables.answer_all(policy, 0, None)
         ]
 
     one = games(training_seeds(0))

@@ -152,7 +152,7 @@ def by_hand():
         "old": new.detach() - torch.tensor([1.44, 1.25, 0.8]).log(),
         "start": new.detach() + torch.tensor([0.1, -0.2, 0.3]),
         "weights": torch.tensor([0.5, 1, 1]),
-        "turn": torch.tensor([0, 0, 1]),
+        "turn_of": torch.tensor([0, 0, 1]),
         "advantages": torch.tensor([2.0, 3.0]),
         "values": torch.tensor([1.0, 4.0], requires_grad=True),
         "returns": torch.tensor([3.0, 3.0]),

@@ -177,7 +177,7 @@ def test_scores_keep_pictures_and_rows_together(policy):
         wrong = policy.score([shown(s, answered[i - 1].image) for i, s in enumerate(answered)])
     for place, i in enumerate(order):
         one, two, swapped = (
-            out["logprobs"][out["turn"] == p]
+            out["logprobs"][out["answer"] == p]
             for out, p in ((together, i), (moved, place), (wrong, i))
         )
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
@@ -201,7 +201,7 @@ def test_ratio_is_one_before_the_first_step(sampled, packed, merge, temperature)
     with torch.no_grad():
         out = policy.score([s for s, _ in groups], temperature)
     for place, index in enumerate(i for _, members in groups for i in members):
-        turn, scored = played[index], out["logprobs"][out["turn"] == place]
+        turn, scored = played[index], out["logprobs"][out["answer"] == place]
         assert scored.shape == turn.logprobs.shape == (len(turn.answer),)
         for weight in (1, 0.5):
             log_ratio = (
@@ -338,7 +338,7 @@ PIECES = st.lists(
 
 def check_spelled(policy, text):
     """The next prompt has the special tokens of two user turns around an answer, and no more."""
-    assert set(policy.text.special_tokens) == set(SPECIAL)
+    assert set(policy.prompts.special_tokens) == set(SPECIAL)
     bos, user, assistant, end, eye, _ = policy.tokenizer.convert_tokens_to_ids(SPECIAL)
     special = set(policy.tokenizer.convert_tokens_to_ids(SPECIAL))
     env = make_env({"name": "gp", "image_size": [112, 112]}, 5)
@@ -380,7 +380,7 @@ def test_images_are_encoded_once_per_episode(make_policy, cfg):
     tables = Play([make_env(cfg.env, 2) for _ in range(5)], training_seeds(0))
     with policy.inference():
         for turn in range(5):
-            tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
+            tables.answer_all(policy, 0.7, torch.Generator().manual_seed(turn))
             assert policy.tokens["inference_patches"] == PATCHES * 5 * (
                 turn // 2 + 1
             )  # after two failures a new hand
@@ -746,7 +746,7 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
     def turn(tables):
         return [
             (t.slot, t.seed, t.prompt.ids, t.prompt.image.tobytes(), t.answer, t.reward, t.info)
-            for t in tables.turn(policy, 0, None)
+            for t in tables.answer_all(policy, 0, None)
         ]
 
     one = games(training_seeds(0))
