@@ -14,8 +14,8 @@ bare generate   HF `generate` in batches of ppo.envs and the environments in loc
 Turns/s are compared. Machines are noisy: rounds are interleaved (A B C A B C ...), each starts from
 the same new hands for all three, a ratio is taken within a round and then the median over rounds.
 The learning rate is 0, so that every round meets the same policy. Answers are sampled: compare
-their mean lengths first. Seconds are wall-clock; `cores`, CPU seconds over them, falls below
-`threads` where other programs had a share.
+their mean lengths first. `cores`, CPU seconds over wall-clock seconds, falls below `threads` where
+other programs had a share.
 """
 from dataclasses import replace
 from itertools import count

@@ -14,8 +14,7 @@ written, as soon as it is measured. Running out of memory is a result (`failed`)
 --seconds  of each configuration: what would begin later is `skipped`, what has begun goes on.
 
 copy_gb_s  the card's own speed: 10^9 bytes read + written per second by copies of 1 GiB, median.
-model      seconds to make the policy; weights_gib: all parameters as stored, scales of 4-bit ones
-           included.
+model      seconds to make the policy; weights_gib: all parameters as stored, 4-bit scales included.
 sft        sft.train_step on one sft.sft_batch, whose making takes `data` seconds more.
 ppo        rollout, then update, as rl.py does them, from new hands.
 rollout    one batch of first attempts through Policy.sample, all rows at once, no optimiser.
@@ -46,13 +45,18 @@ GIB = 2**30
 
 
 # ---------------------------------------------------------------- the card
-def copy_speed(device):
-    """10^9 bytes read + written per second by a copy on the device."""
-    size = GIB if device.type == "cuda" else GIB // 16
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+def card_of(device, cap):
+    """Make a GPU as small as `cap` GiB. Returns: its size, and the speed of its copies."""
+    card = {}
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        card.update(total_gib=total, cap_gib=min(cap, total))
+    source = torch.ones(GIB // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    seconds = [timed(target.copy_, source)[1] for _ in range(50)]
-    return 2 * size / median(seconds) / 1e9
+    seconds = [timed(target.copy_, source)[1] for _ in range(20)]
+    card["copy_gb_s"] = 2 * source.nbytes / median(seconds) / 1e9
+    return card
 
 
 def peaks(device, prefix=""):
@@ -131,10 +135,7 @@ def measure_rollout(record, policy, cfg, rows):
 
 
 def measured(end, function, policy, *arguments):
-    """The record that the function fills, if it is not too late.
-
-    What runs out of memory, or loses its numbers, says so and leaves nothing behind.
-    """
+    """The record that the function fills, if it is not too late and memory suffices."""
     record = {}
     try:
         if perf_counter() > end:
@@ -159,7 +160,7 @@ def free_memory():
 
 # ---------------------------------------------------------------- the run
 class Log:
-    """All figures, {configuration: {what: record}}, printed and written when they are there."""
+    """All figures, {configuration: {what: record}}, printed and written as they come."""
 
     def __init__(self, path):
         self.path = path
@@ -174,30 +175,14 @@ class Log:
         write_json(self.path, self.results)
 
 
-def limited_card(device, cap):
-    """Make a GPU as small as `cap` GiB. Returns: its record."""
-    card = {}
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-        card = {"total_gib": total, "cap_gib": min(cap, total)}
-    return {**card, "copy_gb_s": copy_speed(device)}
-
-
-def new_model(cfg, device):
-    """The policy and its record. Raises: UserError if --cap has no room for it."""
-    free_memory()  # of the policy before it
+def measure_all(log, name, cfg, options, device):
+    end = perf_counter() + options.seconds
+    free_memory()  # of the policy before this one
     reset_peak(device)
     with within_memory("loading the model", cfg):
         policy, seconds = timed(new_policy, cfg)
-    weights = sum(stored(parameter) for parameter in policy.base.parameters())
-    return policy, {"seconds": seconds, "weights_gib": weights / GIB, **peaks(device)}
-
-
-def measure_all(log, name, cfg, options, device):
-    end = perf_counter() + options.seconds
-    policy, record = new_model(cfg, device)
-    log.add(name, "model", record)
+    weights = sum(stored(parameter) for parameter in policy.base.parameters()) / GIB
+    log.add(name, "model", {"seconds": seconds, "weights_gib": weights, **peaks(device)})
     turns = min(options.turns or cfg.ppo.turns, cfg.ppo.turns)
     log.add(name, "sft", measured(end, measure_sft, policy, cfg))
     log.add(name, "ppo", measured(end, measure_ppo, policy, cfg, turns))
@@ -224,7 +209,7 @@ def main(arguments):
     device = torch.device("cuda" if on_gpu else "cpu")
     log = Log(options.json)
     log.add("", "machine", machine(device))
-    log.add("", "card", limited_card(device, options.cap))
+    log.add("", "card", card_of(device, options.cap))
     for path, (cfg, raw, _) in loaded.items():
         name = "/".join(Path(path).with_suffix("").parts[-2:])
         log.results[name] = {"config": raw}

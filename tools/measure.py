@@ -1,7 +1,4 @@
-"""What the benchmarks share: the command line, clocks, memory peaks, PPO without a run folder.
-
-Importing this file puts the repository root on sys.path.
-"""
+"""What the benchmarks share: the command line, clocks, memory peaks, PPO without a run folder."""
 import json
 import os
 import platform
@@ -13,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that ours are found
 import torch
 from tqdm import tqdm
 
@@ -42,8 +39,8 @@ def write_json(path, results):
 
 def machine(device):
     """Where and with what this was measured."""
-    git = subprocess.run("git describe --always --dirty --exclude='*'", shell=True, cwd=ROOT,
-                         text=True, capture_output=True)
+    describe = "git describe --always --dirty --exclude='*'"
+    git = subprocess.run(describe, shell=True, cwd=ROOT, text=True, capture_output=True)
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -51,8 +48,6 @@ def machine(device):
         "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "commit": git.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
         **{library: version(library) for library in libraries},
     }
 
@@ -93,10 +88,7 @@ def changed(section, **values):
 
 
 def running_optimizer(parameters, eps=1e-8):
-    """AdamW as in the middle of a run, moments and gradients in place; learning rate 0.
-
-    So every measurement meets the same policy, in the memory of a run under way.
-    """
+    """AdamW with moments and gradients in place, as in a run under way; at learning rate 0."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, eps=eps, weight_decay=0.0)
