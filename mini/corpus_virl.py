@@ -1,7 +1,4 @@
-"""What the V-IRL backbone reads: single steps of walks, by imperfect authors, under both rules.
-
-See pretrain.py.
-"""
+"""What the V-IRL backbone reads: single steps of walks, by imperfect authors, under both rules."""
 import random
 
 import torch
@@ -37,15 +34,14 @@ def phrases():
 class Corpus:
     """One position of a walk each: the task, an author's answer, the verifier's text, the next try.
 
-    Args:
-        data: the recipe's shares.
-        seed: of everything that is drawn but the routes, which are the corpus's own.
-        image_size: None, or [size, size] of the street views.
+    Args: data: the recipe's shares; seed: of all that is drawn but the routes, which are the
+        corpus's own; image_size: None, or [size, size] of the street views.
     """
 
     def __init__(self, data, seed, image_size=None):
         self.data = data
         self.rng = random.Random(seed)
+        self.image_size = image_size
         self.envs = {rule: virl.Navigation(rule=rule) for rule in virl.RULES}
         self.picture_envs = {}
         if image_size:
@@ -57,7 +53,7 @@ class Corpus:
         for env in (*self.envs.values(), *self.picture_envs.values()):
             env._routes = walks
 
-    def conversation(self):
+    def document(self):
         """One author's turns at one position of a walk.
 
         Returns: {messages, image, probe: what `Probe` has to say}.
@@ -114,10 +110,6 @@ class Corpus:
                 other = "relative" if env.rule == "absolute" else "absolute"
                 return env.answer(env.action(other))
         return env.expert()
-
-    def document(self):
-        """The messages of a conversation."""
-        return self.conversation()["messages"]
 
 
 def probe_targets(observation):
