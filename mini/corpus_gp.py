@@ -67,10 +67,7 @@ class Corpus:
         return self.envs[slot]
 
     def document(self):
-        """Sums, or an author's turns: tries, the verifier's text, the same again or another try.
-
-        Returns: {messages (or a bare text), image, probe: what `Probe` has to say}.
-        """
+        """Sums or one author's turns: {messages or text, image, probe: what `Probe` must say}."""
         if not self.image_size and self.rng.random() < self.data["arithmetic"]:
             return {"messages": self.arithmetic(), "image": None, "probe": None}
         env = self.env()

@@ -54,10 +54,7 @@ class Corpus:
             env._routes = walks
 
     def document(self):
-        """One author's turns at one position of a walk.
-
-        Returns: {messages, image, probe: what `Probe` has to say}.
-        """
+        """One author's turns at one position: {messages, image, probe: what `Probe` must say}."""
         env, seed, progress = self.position()
         obs, _ = env.reset(seed, progress)
         oracle = env.rail[env.at].observation
@@ -113,19 +110,15 @@ class Corpus:
 
 
 def probe_targets(observation):
-    """What is seen of an observation: see `Probe`.
-
-    Returns: the category in each of the 12 parts of the picture (0: none), then whether one is at
-        an intersection. A landmark on the diagonal lies in two views.
-    """
+    """The category in each of the picture's 12 parts (0: none), then whether at an intersection."""
     categories = [category.lower() for category in streets.CATEGORIES]
     landmarks, crossing = virl.sightings(observation)
     parts = [0] * 12
     for name, side in landmarks:
         view, diagonal = divmod(routes.SIDES.index(side), 2)
         shown = [3 * view + 1]  # the middle of a view
-        if diagonal:
-            shown = [3 * view + 2, 3 * ((view + 1) % 4)]  # right end of one, left end of the next
+        if diagonal:  # the right end of a view and the left end of the next
+            shown = [3 * view + 2, 3 * ((view + 1) % 4)]
         for part in shown:
             parts[part] = 1 + categories.index(name.split()[-1])
     return [*parts, int(crossing)]

@@ -3,10 +3,9 @@
     python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
     python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model there is
 
-The backbone stands in for pre-training: it has met every rule in general form, and conversations in
-which imperfect authors try, are corrected, and often just say the same thing again (corpus_gp.py,
-corpus_virl.py). It never meets a value multiset or a route of the `unseen` splits. What it knows
-and how well is in mini/README.md.
+The backbone stands in for pre-training: it has met every rule, and conversations in which imperfect
+authors try, are corrected, and often say the same again (corpus_gp.py, corpus_virl.py), but nothing
+of the `unseen` splits. What it knows and how well is in mini/README.md.
 """
 import importlib
 import json
@@ -14,6 +13,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -162,17 +162,8 @@ def optimizers(model, train):
             torch.optim.AdamW(others, lr=train["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def schedule(seen, train):
-    """The factor of all learning rates: short warm-up, constant, linear decay to 0."""
-    share = seen / train["tokens"]
-    return min(1.0, (1 - share) / train["decay"], 0.05 + seen / train["warmup_tokens"])
-
-
 def fit(model, opts, stream, loss_of, train):
-    """Train until train["tokens"] text tokens are read. Returns: figures of the run.
-
-    Args: opts: optimisers; stream: Batches; loss_of: Batch -> scalar loss.
-    """
+    """Train until train["tokens"] text tokens are read. Returns: figures of the run."""
     groups = [group for optimizer in opts for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     seen, losses = 0, []
@@ -180,7 +171,8 @@ def fit(model, opts, stream, loss_of, train):
     bar = tqdm(total=train["tokens"], unit="tok", unit_scale=True)
     while seen < train["tokens"]:
         batch = next(stream)
-        factor = schedule(seen, train)
+        rest = 1 - seen / train["tokens"]  # learning rates: warm-up, constant, linear decay to 0
+        factor = min(1.0, rest / train["decay"], 0.05 + seen / train["warmup_tokens"])
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * factor
         loss = loss_of(batch)
@@ -192,21 +184,16 @@ def fit(model, opts, stream, loss_of, train):
         seen += tokens
         losses.append(loss.item())
         bar.update(tokens)
-        if len(losses) % 20 == 0:
-            recent = losses[-50:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-    return {
-        "tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50,
-        "seconds": time.time() - start,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "torch": torch.__version__,
-    }
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"tokens": seen, "steps": len(losses), "loss": mean(losses[-50:]),
+            "seconds": time.time() - start, "parameters": parameters, "torch": torch.__version__}
 
 
-def train_text(model, processor, recipe):
+def train_text(model, processor, recipe, game):
     """Stage 1: the language model learns the game in words."""
     train = recipe["text"]
-    corpus = corpora(recipe).Corpus(recipe["data"], train["seed"])
+    corpus = game.Corpus(recipe["data"], train["seed"])
 
     def loss_of(batch):
         return model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
@@ -222,19 +209,19 @@ def learns_to_see(name, recipe):
     return any(part in name for part in parts)
 
 
-def train_vision(model, processor, recipe):
-    """Stage 2: tower, projector and cross-attention learn to see; the language model is frozen.
+def train_vision(model, processor, recipe, game):
+    """Stage 2: tower, projector and cross-attention learn to see, as Llama 3.2's did.
 
-    This is how Llama 3.2 got its vision too. A linear probe is trained along (the corpus says what
-    for): its loss tells the tower what matters long before the language loss would.
+    A linear probe is trained along (Probe in the corpus says of what): its loss tells the tower
+    what matters long before the language loss would.
     """
     train = recipe["vision"]
     size = recipe["shape"]["vision"]["image_size"]
     side = size // recipe["shape"]["vision"]["patch_size"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns_to_see(name, recipe))
-    corpus = corpora(recipe).Corpus({**recipe["data"], **train}, train["seed"], [size, size])
-    probe = corpora(recipe).Probe(recipe["shape"]["text"]["hidden_size"], side)
+    corpus = game.Corpus({**recipe["data"], **train}, train["seed"], [size, size])
+    probe = game.Probe(recipe["shape"]["text"]["hidden_size"], side)
     opts = optimizers(model, train)
     opts[1].add_param_group({"params": list(probe.parameters())})
 
@@ -253,16 +240,8 @@ def train_vision(model, processor, recipe):
     return fit(model, opts, batches(corpus, processor, train), loss_of, train)
 
 
-def corpora(recipe):
-    """The module with the phrases and the Corpus of the recipe's environment."""
-    return importlib.import_module(f"corpus_{recipe['env']}")
-
-
 def continue_from(folder, model, recipe):
-    """Give the model the text stage's weights, beside fresh ones in what learns to see.
-
-    So the second stage, run again, alone or after the first, ends the same.
-    """
+    """Give the model the text stage's weights, beside fresh ones in what learns to see."""
     text = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
     weights = model.to(torch.bfloat16).float().state_dict()
     for name in weights:
@@ -274,17 +253,17 @@ def continue_from(folder, model, recipe):
 def main(path, *stages):
     recipe = yaml.safe_load(Path(path).read_text())
     out = Path(recipe["out"])
-    image_size = recipe["shape"]["vision"]["image_size"]
-    processor = build_processor(image_size, corpora(recipe).phrases())
+    game = importlib.import_module(f"corpus_{recipe['env']}")
+    processor = build_processor(recipe["shape"]["vision"]["image_size"], game.phrases())
     for stage in stages or ("text", "vision"):
         torch.manual_seed(recipe[stage]["seed"])
         model = build_model(recipe["shape"], processor.tokenizer)
         if stage == "text":
-            figures = {"text": train_text(model, processor, recipe)}
+            figures = {"text": train_text(model, processor, recipe, game)}
         else:
             figures = json.loads((out / "training.json").read_text())
             continue_from(out, model, recipe)
-            figures["vision"] = train_vision(model, processor, recipe)
+            figures["vision"] = train_vision(model, processor, recipe, game)
         model.to(torch.bfloat16).save_pretrained(out)
         processor.save_pretrained(out)
         (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
