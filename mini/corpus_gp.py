@@ -1,14 +1,11 @@
-"""What the GeneralPoints backbone reads: conversations of imperfect authors, and bare sums.
-
-See pretrain.py.
-"""
+"""What the GeneralPoints backbone reads: conversations of imperfect authors, and bare sums."""
 import random
 import re
+from contextlib import suppress
 
 import torch
 
 import gp
-
 
 REASONS = (  # why an answer is refused, "#" for a number
     "the formula equals # instead of 24", "the number # is not on the table",
@@ -20,10 +17,7 @@ REASONS = (  # why an answer is refused, "#" for a number
 
 
 def phrases():
-    """Constant pieces of the conversations, so that a turn is some 20 tokens.
-
-    Digits, ranks and operators stay bytes.
-    """
+    """Constant pieces of the conversations, one token each; digits, ranks, operators stay bytes."""
     prompt = gp.PROMPT.replace("{target}", "24").replace("{{", "{").replace("}}", "}")
     pieces = re.split(r"\{[JQK]\}", prompt.replace("{cards}", "["))
     pieces += ["10", "11", "12", "13", "24", '=24"}']
@@ -41,12 +35,10 @@ def phrases():
 
 
 class Corpus:
-    """Conversations of imperfect authors about hands of the train split, under many rules.
+    """Documents about hands of the train split, under many rules.
 
-    Args:
-        data: the recipe's shares.
-        seed: of everything that is drawn.
-        image_size: None, or [width, height] of the pictures that the cards are read from.
+    Args: data: the recipe's shares; seed: of all that is drawn; image_size: None, or [width,
+        height] of the pictures that the cards are read from.
     """
 
     def __init__(self, data, seed, image_size=None):
@@ -74,11 +66,10 @@ class Corpus:
                 image_size=self.image_size)
         return self.envs[slot]
 
-    def conversation(self):
-        """One author's turns: tries, the verifier's text, the same again or another try.
-
-        Returns: {messages, image, probe: what `Probe` has to say}.
-        """
+    def document(self):
+        """Sums or one author's turns: {messages or text, image, probe: what `Probe` must say}."""
+        if not self.image_size and self.rng.random() < self.data["arithmetic"]:
+            return {"messages": self.arithmetic(), "image": None, "probe": None}
         env = self.env()
         if self.image_size:
             env.suits = self.drawn("black", "red", "mixed")
@@ -97,29 +88,20 @@ class Corpus:
         return {"messages": messages, "image": obs["image"], "probe": ranks}
 
     def author(self, env):
-        """What an imperfect author answers."""
         if self.rng.random() >= self.data["right"]:
             return env.mistake()
         canonical = self.rng.random() < self.data["canonical"]
         env.expert_kind = "canonical" if canonical else "varied"
         return env.expert()
 
-    def document(self):
-        """A bare sum, or the messages of a conversation."""
-        if self.rng.random() < self.data["arithmetic"]:
-            return self.arithmetic()
-        return self.conversation()["messages"]
-
     def arithmetic(self):
         """Plain sums, as any corpus has them: formula=value, one after another."""
-        lines = []
+        sums = []
         for _ in range(8):
             formula = self.formula()
-            try:
-                lines.append(f"{formula}={gp.compute(formula)[0]}")
-            except gp.FormulaError:
-                continue
-        return " ".join(lines)
+            with suppress(gp.FormulaError):
+                sums.append(f"{formula}={gp.compute(formula)[0]}")
+        return " ".join(sums)
 
     def formula(self):
         """Two to four numbers; brackets by chance."""
@@ -130,8 +112,7 @@ class Corpus:
             if not formula.isdigit() and self.rng.random() < 0.4:
                 formula = f"({formula})"
             operator = self.rng.choice("+-*/")
-            to_the_left = self.rng.random() < 0.3
-            if to_the_left and not formula.isdigit():
+            if self.rng.random() < 0.3 and not formula.isdigit():
                 formula = f"{number}{operator}({formula})"
             else:
                 formula = f"{formula}{operator}{number}"
@@ -139,14 +120,11 @@ class Corpus:
 
 
 class Probe(torch.nn.Module):
-    """Which rank lies in each of the four places, linearly from the patches there.
-
-    The cards lie in the middle rows.
-    """
+    """Which rank lies in each of the four places, linearly from the patches there."""
 
     def __init__(self, width, side):
         super().__init__()
-        self.rows = slice(side // 4, side - side // 4)
+        self.rows = slice(side // 4, side - side // 4)  # the cards lie in the middle
         self.columns = side // 4
         self.rank = torch.nn.Linear(width * (side // 2) * self.columns, len(gp.RANKS))
 

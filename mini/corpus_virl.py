@@ -1,7 +1,4 @@
-"""What the V-IRL backbone reads: single steps of walks, by imperfect authors, under both rules.
-
-See pretrain.py.
-"""
+"""What the V-IRL backbone reads: single steps of walks, by imperfect authors, under both rules."""
 import random
 
 import torch
@@ -37,15 +34,14 @@ def phrases():
 class Corpus:
     """One position of a walk each: the task, an author's answer, the verifier's text, the next try.
 
-    Args:
-        data: the recipe's shares.
-        seed: of everything that is drawn but the routes, which are the corpus's own.
-        image_size: None, or [size, size] of the street views.
+    Args: data: the recipe's shares; seed: of all that is drawn but the routes, which are the
+        corpus's own; image_size: None, or [size, size] of the street views.
     """
 
     def __init__(self, data, seed, image_size=None):
         self.data = data
         self.rng = random.Random(seed)
+        self.image_size = image_size
         self.envs = {rule: virl.Navigation(rule=rule) for rule in virl.RULES}
         self.picture_envs = {}
         if image_size:
@@ -57,11 +53,8 @@ class Corpus:
         for env in (*self.envs.values(), *self.picture_envs.values()):
             env._routes = walks
 
-    def conversation(self):
-        """One author's turns at one position of a walk.
-
-        Returns: {messages, image, probe: what `Probe` has to say}.
-        """
+    def document(self):
+        """One author's turns at one position: {messages, image, probe: what `Probe` must say}."""
         env, seed, progress = self.position()
         obs, _ = env.reset(seed, progress)
         oracle = env.rail[env.at].observation
@@ -115,25 +108,17 @@ class Corpus:
                 return env.answer(env.action(other))
         return env.expert()
 
-    def document(self):
-        """The messages of a conversation."""
-        return self.conversation()["messages"]
-
 
 def probe_targets(observation):
-    """What is seen of an observation: see `Probe`.
-
-    Returns: the category in each of the 12 parts of the picture (0: none), then whether one is at
-        an intersection. A landmark on the diagonal lies in two views.
-    """
+    """The category in each of the picture's 12 parts (0: none), then whether at an intersection."""
     categories = [category.lower() for category in streets.CATEGORIES]
     landmarks, crossing = virl.sightings(observation)
     parts = [0] * 12
     for name, side in landmarks:
         view, diagonal = divmod(routes.SIDES.index(side), 2)
         shown = [3 * view + 1]  # the middle of a view
-        if diagonal:
-            shown = [3 * view + 2, 3 * ((view + 1) % 4)]  # right end of one, left end of the next
+        if diagonal:  # the right end of a view and the left end of the next
+            shown = [3 * view + 2, 3 * ((view + 1) % 4)]
         for part in shown:
             parts[part] = 1 + categories.index(name.split()[-1])
     return [*parts, int(crossing)]

@@ -3,10 +3,9 @@
     python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
     python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model there is
 
-The backbone stands in for pre-training: it has met every rule in general form, and conversations in
-which imperfect authors try, are corrected, and often just say the same thing again (corpus_gp.py,
-corpus_virl.py). It never meets a value multiset or a route of the `unseen` splits. What it knows
-and how well is in mini/README.md.
+The backbone stands in for pre-training: it has met every rule, and conversations in which imperfect
+authors try, are corrected, and often say the same again (corpus_gp.py, corpus_virl.py), but nothing
+of the `unseen` splits. What it knows and how well is in mini/README.md.
 """
 import importlib
 import json
@@ -14,6 +13,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -71,77 +71,51 @@ def build_model(shape, tokenizer):
 
 
 # ---------------------------------------------------------------- documents
-class Document(NamedTuple):
-    """Token ids of a text; in the second stage the image and the classes that the probe learns."""
-    ids: list
-    image: object = None
-    probe: list = None
-
-
 class Batch(NamedTuple):
     """Right-padded texts, (B, T) each; images and (B, slots) classes in the second stage alone."""
     ids: torch.Tensor
     mask: torch.Tensor
     labels: torch.Tensor
-    pixels: dict = None
-    probe: torch.Tensor = None
+    pixels: dict
+    probe: torch.Tensor
 
 
-def text_batches(corpus, tokenizer, tokens, loss_after):
-    """Endless Batches of about `tokens` tokens; documents of like length together."""
+def batches(corpus, processor, train):
+    """Endless Batches of about train["batch_tokens"] text tokens; like lengths together."""
+    at_once, like = (256, 40) if corpus.image_size else (2048, 1)
     while True:
-        texts = [render(corpus.document()) for _ in range(2048)]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        documents = [Document(ids) for ids in sorted(encoded, key=len)]
-        chunks = chunks_of(documents, tokens)
-        corpus.rng.shuffle(chunks)
-        for chunk in chunks:
-            yield collate(chunk, tokenizer, loss_after)
-
-
-def image_batches(corpus, processor, tokens):
-    """Endless Batches of conversations about images, of about `tokens` text tokens."""
-    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-    while True:
-        found = [corpus.conversation() for _ in range(256)]
-        texts = [render(conversation["messages"]) for conversation in found]
-        documents = []
+        documents = [corpus.document() for _ in range(at_once)]
+        texts = [render(document["messages"]) for document in documents]
         encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for ids, conversation in zip(encoded, found):
-            documents.append(Document(ids, conversation["image"], conversation["probe"]))
-        corpus.rng.shuffle(documents)
-        documents.sort(key=lambda document: len(document.ids) // 40)
-        chunks = chunks_of(documents, tokens)
+        for document, ids in zip(documents, encoded):
+            document["ids"] = ids
+        if corpus.image_size:
+            corpus.rng.shuffle(documents)
+        documents.sort(key=lambda document: len(document["ids"]) // like)
+        chunks = chunks_of(documents, train["batch_tokens"])
         corpus.rng.shuffle(chunks)
         for chunk in chunks:
-            images = [[document.image] for document in chunk]
-            pixels = processor.image_processor(images, return_tensors="pt")
-            yield collate(chunk, processor.tokenizer)._replace(
-                pixels={name: pixels[name] for name in names},
-                probe=torch.tensor([document.probe for document in chunk]))
+            yield collate(chunk, processor, train["loss_after"])
 
 
 def chunks_of(documents, tokens):
     """Successive documents in lists whose padded size is at most `tokens`."""
     chunks, width = [[]], 0
     for document in documents:
-        width = max(width, len(document.ids))
+        width = max(width, len(document["ids"]))
         if chunks[-1] and (len(chunks[-1]) + 1) * width > tokens:
             chunks.append([])
-            width = len(document.ids)
+            width = len(document["ids"])
         chunks[-1].append(document)
     return chunks[:-1]  # the last, which is seldom full, is left out
 
 
-def render(document):
-    """A bare text, or messages as the chat template has them (a test holds the two equal).
-
-    50 times faster than Jinja.
-    """
-    if isinstance(document, str):
-        return SPECIAL["bos"] + document + SPECIAL["eos"]
+def render(messages):
+    """A bare text, or messages as the chat template has them (50 times faster than Jinja)."""
+    if isinstance(messages, str):
+        return SPECIAL["bos"] + messages + SPECIAL["eos"]
     text = SPECIAL["bos"]
-    for message in document:
+    for message in messages:
         content = message["content"]
         if isinstance(content, list):
             content = "".join(part.get("text", SPECIAL["image"]) for part in content)
@@ -151,18 +125,26 @@ def render(document):
     return text
 
 
-def collate(documents, tokenizer, loss_after=SPECIAL["assistant"]):
+def collate(documents, processor, loss_after):
     """A Batch. What follows the first token `loss_after` carries loss: much before it is chance."""
+    tokenizer = processor.tokenizer
     marker = tokenizer.convert_tokens_to_ids(loss_after)
-    width = max(len(document.ids) for document in documents)
+    width = max(len(document["ids"]) for document in documents)
     ids = torch.full((len(documents), width), tokenizer.pad_token_id)
     labels = torch.full((len(documents), width), -100)
     for row, document in enumerate(documents):
-        text = torch.tensor(document.ids)
-        start = document.ids.index(marker) + 1 if marker in document.ids else 1
+        text = torch.tensor(document["ids"])
+        start = document["ids"].index(marker) + 1 if marker in document["ids"] else 1
         ids[row, :len(text)] = text
         labels[row, start:len(text)] = text[start:]
-    return Batch(ids, (ids != tokenizer.pad_token_id).long(), labels)
+    mask = (ids != tokenizer.pad_token_id).long()
+    if documents[0]["image"] is None:
+        return Batch(ids, mask, labels, None, None)
+    images = [[document["image"]] for document in documents]
+    pixels = processor.image_processor(images, return_tensors="pt")
+    pixels.pop("num_tiles")
+    probe = torch.tensor([document["probe"] for document in documents])
+    return Batch(ids, mask, labels, pixels, probe)
 
 
 # ---------------------------------------------------------------- training
@@ -180,17 +162,8 @@ def optimizers(model, train):
             torch.optim.AdamW(others, lr=train["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def schedule(seen, train):
-    """The factor of all learning rates: short warm-up, constant, linear decay to 0."""
-    share = seen / train["tokens"]
-    return min(1.0, (1 - share) / train["decay"], 0.05 + seen / train["warmup_tokens"])
-
-
 def fit(model, opts, stream, loss_of, train):
-    """Train until train["tokens"] text tokens are read. Returns: figures of the run.
-
-    Args: opts: optimisers; stream: Batches; loss_of: Batch -> scalar loss.
-    """
+    """Train until train["tokens"] text tokens are read. Returns: figures of the run."""
     groups = [group for optimizer in opts for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     seen, losses = 0, []
@@ -198,7 +171,8 @@ def fit(model, opts, stream, loss_of, train):
     bar = tqdm(total=train["tokens"], unit="tok", unit_scale=True)
     while seen < train["tokens"]:
         batch = next(stream)
-        factor = schedule(seen, train)
+        rest = 1 - seen / train["tokens"]  # learning rates: warm-up, constant, linear decay to 0
+        factor = min(1.0, rest / train["decay"], 0.05 + seen / train["warmup_tokens"])
         for group, peak in zip(groups, peaks):
             group["lr"] = peak * factor
         loss = loss_of(batch)
@@ -210,27 +184,21 @@ def fit(model, opts, stream, loss_of, train):
         seen += tokens
         losses.append(loss.item())
         bar.update(tokens)
-        if len(losses) % 20 == 0:
-            recent = losses[-50:]
-            bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
-    return {
-        "tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50,
-        "seconds": time.time() - start,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "torch": torch.__version__,
-    }
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"tokens": seen, "steps": len(losses), "loss": mean(losses[-50:]),
+            "seconds": time.time() - start, "parameters": parameters, "torch": torch.__version__}
 
 
-def train_text(model, processor, recipe):
+def train_text(model, processor, recipe, game):
     """Stage 1: the language model learns the game in words."""
-    train = recipe["train"]
-    corpus = corpora(recipe).Corpus(recipe["data"], train["seed"])
-    stream = text_batches(corpus, processor.tokenizer, train["batch_tokens"], train["loss_after"])
+    train = recipe["text"]
+    corpus = game.Corpus(recipe["data"], train["seed"])
 
     def loss_of(batch):
         return model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
 
-    return fit(model, optimizers(model, train), stream, loss_of, train)
+    return fit(model, optimizers(model, train), batches(corpus, processor, train), loss_of, train)
 
 
 def learns_to_see(name, recipe):
@@ -241,22 +209,21 @@ def learns_to_see(name, recipe):
     return any(part in name for part in parts)
 
 
-def train_vision(model, processor, recipe):
-    """Stage 2: tower, projector and cross-attention learn to see; the language model is frozen.
+def train_vision(model, processor, recipe, game):
+    """Stage 2: tower, projector and cross-attention learn to see, as Llama 3.2's did.
 
-    This is how Llama 3.2 got its vision too. A linear probe is trained along (the corpus says what
-    for): its loss tells the tower what matters long before the language loss would.
+    A linear probe is trained along (Probe in the corpus says of what): its loss tells the tower
+    what matters long before the language loss would.
     """
     train = recipe["vision"]
     size = recipe["shape"]["vision"]["image_size"]
     side = size // recipe["shape"]["vision"]["patch_size"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns_to_see(name, recipe))
-    corpus = corpora(recipe).Corpus({**recipe["data"], **train}, train["seed"], [size, size])
-    probe = corpora(recipe).Probe(recipe["shape"]["text"]["hidden_size"], side)
+    corpus = game.Corpus({**recipe["data"], **train}, train["seed"], [size, size])
+    probe = game.Probe(recipe["shape"]["text"]["hidden_size"], side)
     opts = optimizers(model, train)
     opts[1].add_param_group({"params": list(probe.parameters())})
-    accuracies = []
 
     def loss_of(batch):
         after_image = (batch.ids == model.config.image_token_index).cumsum(1)  # (B, T)
@@ -267,55 +234,40 @@ def train_vision(model, processor, recipe):
                      cross_attention_mask=after_image[:, :, None, None]).loss  # (B, T, 1, 1)
         patches = states[:, 1:].unflatten(1, (side, side))  # (B, side, side, C), P = 1 + side^2
         logits = probe(patches)  # (B, slots, classes)
-        accuracies.append((logits.argmax(-1) == batch.probe).float().mean().item())
         probe_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.probe.flatten())
         return loss + train["probe"] * probe_loss
 
-    stream = image_batches(corpus, processor, train["batch_tokens"])
-    figures = fit(model, opts, stream, loss_of, train)
-    return {**figures, "probe": sum(accuracies[-50:]) / 50}
-
-
-def corpora(recipe):
-    """The module with the phrases and the Corpus of the recipe's environment."""
-    return importlib.import_module(f"corpus_{recipe['env']}")
-
-
-STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # section, function
-
-
-def main(path, *stages):
-    recipe = yaml.safe_load(Path(path).read_text())
-    out = Path(recipe["out"])
-    log = out / "training.json"
-    image_size = recipe["shape"]["vision"]["image_size"]
-    processor = build_processor(image_size, corpora(recipe).phrases())
-    for stage in stages or STAGES:
-        section, train = STAGES[stage]
-        torch.manual_seed(recipe[section]["seed"])
-        model = build_model(recipe["shape"], processor.tokenizer)
-        figures = {}
-        if stage == "vision":
-            continue_from(out, model, recipe)
-            figures = json.loads(log.read_text())
-        figures[stage] = train(model, processor, recipe)
-        model.to(torch.bfloat16).save_pretrained(out)
-        processor.save_pretrained(out)
-        log.write_text(json.dumps(figures, indent=1) + "\n")
-        print(figures[stage])
+    return fit(model, opts, batches(corpus, processor, train), loss_of, train)
 
 
 def continue_from(folder, model, recipe):
-    """Give the model the text stage's weights, beside fresh ones in what learns to see.
-
-    So the second stage, run again, alone or after the first, ends the same.
-    """
+    """Give the model the text stage's weights, beside fresh ones in what learns to see."""
     text = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
     weights = model.to(torch.bfloat16).float().state_dict()
     for name in weights:
         if not learns_to_see(name, recipe):
             weights[name] = text[name]
     model.load_state_dict(weights)
+
+
+def main(path, *stages):
+    recipe = yaml.safe_load(Path(path).read_text())
+    out = Path(recipe["out"])
+    game = importlib.import_module(f"corpus_{recipe['env']}")
+    processor = build_processor(recipe["shape"]["vision"]["image_size"], game.phrases())
+    for stage in stages or ("text", "vision"):
+        torch.manual_seed(recipe[stage]["seed"])
+        model = build_model(recipe["shape"], processor.tokenizer)
+        if stage == "text":
+            figures = {"text": train_text(model, processor, recipe, game)}
+        else:
+            figures = json.loads((out / "training.json").read_text())
+            continue_from(out, model, recipe)
+            figures["vision"] = train_vision(model, processor, recipe, game)
+        model.to(torch.bfloat16).save_pretrained(out)
+        processor.save_pretrained(out)
+        (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(figures[stage])
 
 
 if __name__ == "__main__":
