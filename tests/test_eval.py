@@ -114,7 +114,7 @@ class Walker:
         self.loaded = checkpoint
         self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
 
-    def fixed(self):
+    def inference(self):
         return contextlib.nullcontext()
 
     def encode(self, observations):
