@@ -5,9 +5,9 @@
     python report.py CONFIG.yaml                  tables, paired differences, the paper's Figure 5
 
 Arms: Init (the checkpoint ppo.init), every rl* folder (its last checkpoint) and every sft* folder
-(the checkpoint whose model FLOPs are nearest to the rl arm's: equal compute; the last one if there
-is no rl arm). All arms play the same episodes, so differences are paired. The environment says what
-is shown (env.reports) and which reference policies stand below the arms (env.references).
+(the checkpoint whose model FLOPs are nearest to rl's: equal compute; the last one if there is no
+rl). All arms play the same episodes, so differences are paired. The environment says what is shown
+(env.reports) and which reference policies stand below the arms (env.references).
 
 A metric is right / all, summed over episodes. Its 95 % interval is a bootstrap that resamples hands
 or routes within the runs given. It covers the luck of the problems, not that of the training:
@@ -76,8 +76,8 @@ def ratios(pairs, weights):
 def interval(pairs, weights, base=None):
     """The ratio of sums of n (right, of) pairs with its 95 % bootstrap interval.
 
-    The interval says how much the ratio of these very checkpoints depends on the hands or routes
-    played; how far another training would come out is not in it.
+    It says how much the ratio of these checkpoints depends on the hands or routes that they played,
+    not how another training would come out.
 
     Args: weights: as of `cluster_weights`; base: n pairs of another arm on the same episodes, to
         take the difference of the two ratios.
@@ -128,8 +128,7 @@ def summarize(cells):
     """Rows of the table, see lib/results.py. Args: cells: {Place: episodes}."""
     rows = []
     for place, episodes in cells.items():
-        numbers = {"n": len(episodes), "metrics": estimates(episodes)}
-        rows.append({**place._asdict(), **numbers})
+        rows.append({**place._asdict(), "n": len(episodes), "metrics": estimates(episodes)})
     return rows
 
 
@@ -164,12 +163,6 @@ def find_arms(run_dir, init):
     if not arms:
         raise UserError(f"nothing to evaluate under {run_dir}: run sft.py and rl.py first")
     return arms
-
-
-def spread(count):
-    """At most CURVE_POINTS of the places 0..count-1, evenly spread, first and last included."""
-    points = min(count, CURVE_POINTS)
-    return torch.linspace(0, count - 1, points).round().int().tolist()
 
 
 def trained_with(checkpoint):
@@ -245,33 +238,29 @@ class EvaluatedRun:
         self.known = read_cells(self.path)
 
     def key(self, place, checkpoint, n):
-        """What a cell depends on, as JSON; of a checkpoint also when it was written."""
+        """What a cell depends on; of a checkpoint also when it was written."""
         player, written = place.arm, None
         if checkpoint:
             player = str(checkpoint.relative_to(self.folder))
             written = int(checkpoint.stat().st_mtime)
         e = self.cfg.eval
         env = {**self.cfg.env, **e.variants[place.variant]}
-        return json.dumps([player, written, env, place.split, place.temperature, n,
-                           e.verify_iters, e.seed])
+        return [player, written, env, place.split, place.temperature, n, e.verify_iters, e.seed]
 
     def cell(self, place, checkpoint, n, bar):
-        """n episodes of a checkpoint (None: the reference policy) at a place, played if not known.
-
-        Args: bar: tqdm of episodes.
-        """
+        """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts."""
         temperature = temperature_name(place.temperature)
         bar.set_description(f"{place.arm}, {place.variant}, {place.split}, {temperature}")
         key = self.key(place, checkpoint, n)
-        if key in self.known:
+        name = json.dumps(key)
+        if name in self.known:
             bar.update(n)
-            return self.known[key]
-        episodes = []
+            return self.known[name]
+        episodes = self.known[name] = []
         for record in self.play(place, checkpoint, n, bar):
             episodes.append({"cluster": record["cluster"], "counts": record["counts"]})
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": json.loads(key), "episodes": episodes}) + "\n")
-        self.known[key] = episodes
+            file.write(json.dumps({"key": key, "episodes": episodes}) + "\n")
         return episodes
 
     def play(self, place, checkpoint, n, bar=None):
@@ -310,11 +299,7 @@ class Evaluation:
     """
 
     def __init__(self, cfg):
-        self.e = e = cfg.eval
-        self.envs = {}  # variant -> one of its environments
-        for split, variant in product(e.splits, e.variants):  # a bad setting is named at once
-            changes = {"split": split, **e.variants[variant]}
-            self.envs[variant] = make_env(cfg.env, e.verify_iters, **changes)
+        e = self.e = cfg.eval
         loader = Loader(cfg)
         self.runs = [EvaluatedRun(folder, cfg, loader) for folder in e.runs or [cfg.run.dir]]
         self.arms = list(self.runs[0].arms)
@@ -323,27 +308,24 @@ class Evaluation:
         for name in e.save_merged:
             if name not in self.arms:
                 raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.arms)}")
-        self.places = []
+        self.places, self.reports = [], None  # the Reports that all variants have
         for split, variant in product(e.splits, e.variants):
-            references = self.envs[variant].references
-            for player in [*product(self.arms, e.temperatures), *product(references, [None])]:
+            changes = {"split": split, **e.variants[variant]}
+            env = make_env(cfg.env, e.verify_iters, **changes)
+            for player in [*product(self.arms, e.temperatures), *product(env.references, [None])]:
                 self.places.append(Place(split, variant, *player))
-        self.curve_points = {}  # arm -> which of its checkpoints the curve shows
+            names = [name for name, *_ in env.reports]
+            reports = self.reports or [Report(*report) for report in env.reports]
+            self.reports = [report for report in reports if report.name in names]
+        self.curve_points = {}  # arm -> which of its checkpoints the curve shows, evenly spread
         for arm in ("Init", "sft", "rl"):
             if e.curve_n and arm in self.arms:
                 fewest = min(len(run.arms[arm]) for run in self.runs)
-                self.curve_points[arm] = spread(fewest)
+                points = torch.linspace(0, fewest - 1, min(fewest, CURVE_POINTS))
+                self.curve_points[arm] = points.round().int().tolist()
         points = len(e.variants) * sum(map(len, self.curve_points.values()))
         n = points * e.curve_n + sum(e.splits[place.split] for place in self.places)
         self.bar = tqdm(total=n * len(self.runs), unit="episode", disable=None)
-
-    def reports(self):
-        """The Reports that the environments of all variants have."""
-        first, *others = [env.reports for env in self.envs.values()]
-        for reports in others:
-            names = dict.fromkeys(name for name, *_ in reports)
-            first = [report for report in first if report[0] in names]
-        return [Report(*report) for report in first]
 
     def tables(self):
         """{run folder: {Place: episodes}}."""
@@ -359,39 +341,34 @@ class Evaluation:
         """Model GFLOPs of an arm's checkpoint in the table, mean over the runs."""
         return sum(run.gflops[run.shown[arm]] for run in self.runs) / len(self.runs)
 
-    def first_place(self, arm, variant):
-        """The first split and temperature: of curves and transcripts."""
-        return Place(next(iter(self.e.splits)), variant, arm, self.e.temperatures[0])
-
-    def point(self, arm, nth, variant, lead):
-        """The Point of an arm's nth checkpoint; `lead` is the metric drawn."""
+    def point(self, place, nth):
+        """The Point of an arm's nth checkpoint."""
         episodes, gflops = [], []
         for run in self.runs:
-            checkpoint = run.arms[arm][nth]
-            place = self.first_place(arm, variant)
+            checkpoint = run.arms[place.arm][nth]
             episodes += run.cell(place, checkpoint, self.e.curve_n, self.bar)
             gflops.append(run.gflops[checkpoint])
         recognized, asked = map(sum, zip(*columns(episodes)["recognized"]))
-        estimate = estimates(episodes)[lead]
+        estimate = estimates(episodes)[self.reports[0].lead]
         return Point(sum(gflops) / len(gflops), *estimate, 100 * (recognized / asked))
 
-    def curve(self, variant, lead):
+    def curve(self, variant):
         """{arm: Points in the order of training}; rl's starts at Init."""
         curve = {}
         for arm, numbers in self.curve_points.items():
-            curve[arm] = [self.point(arm, nth, variant, lead) for nth in numbers]
+            place = Place(next(iter(self.e.splits)), variant, arm, self.e.temperatures[0])
+            curve[arm] = [self.point(place, nth) for nth in numbers]
         if "rl" in curve:
             curve["rl"] = curve.get("Init", []) + curve["rl"]
         return curve
 
     def transcripts(self):
-        """Episodes of each arm of the first run."""
-        found = []
+        """Episodes of each arm of the first run, at the first split and temperature."""
+        found, run = [], self.runs[0]
         for arm, variant in product(self.arms, self.e.variants):
-            run, place = self.runs[0], self.first_place(arm, variant)
-            episodes = []
-            for record in run.play(place, run.shown[arm], self.e.transcripts):
-                episodes.append(list(map(transcript, record["turns"])))
+            place = Place(next(iter(self.e.splits)), variant, arm, self.e.temperatures[0])
+            records = run.play(place, run.shown[arm], self.e.transcripts)
+            episodes = [list(map(transcript, record["turns"])) for record in records]
             found.append({"arm": arm, "variant": variant, "episodes": episodes})
         return found
 
@@ -424,8 +401,7 @@ def main(arguments):
     cfg, _, _ = load(arguments)
     e = cfg.eval
     evaluation = Evaluation(cfg)
-    runs, arms, reports = evaluation.runs, evaluation.arms, evaluation.reports()
-    tables = evaluation.tables()
+    runs, arms, tables = evaluation.runs, evaluation.arms, evaluation.tables()
     pooled = {}
     for place in evaluation.places:
         pooled[place] = list(chain(*[table[place] for table in tables.values()]))
@@ -436,12 +412,12 @@ def main(arguments):
         "runs": list(tables),
         "seeds": [trained_with(run.shown[arms[0]])["run"]["seed"] for run in runs],
         **provenance(),
-        "reports": [report._asdict() for report in reports],
+        "reports": [report._asdict() for report in evaluation.reports],
         "splits": e.splits, "variants": e.variants,
         "temperatures": e.temperatures, "curve_n": e.curve_n,
         "gflops": {arm: evaluation.gflops(arm) for arm in arms},
         "table": summarize(pooled), "differences": differences(pooled, pairs, e), "per_run": {},
-        "curves": {variant: evaluation.curve(variant, reports[0].lead) for variant in e.variants},
+        "curves": {variant: evaluation.curve(variant) for variant in e.variants},
     }
     if len(runs) > 1:
         for folder, table in tables.items():

@@ -3,8 +3,8 @@
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
                                                              evaluation.png (Figures 5, 7, 8)
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
-    python report.py --documents                             rewrites the blocks of README.md and
-                                                             docs/*.md, redraws their figures
+    python report.py --documents                             rewrites blocks and figures of
+                                                             README.md and docs/*.md
 
 A generated block stands between two comments. The first names the block and, as YAML, its fields:
 
@@ -34,7 +34,6 @@ from lib.results import Estimate, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 
-ARMS = ("Init", "sft", "rl")
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
@@ -93,12 +92,7 @@ def cell_text(row, metrics):
     text = " / ".join(values)
     if last is None or row["temperature"] is None:
         return text + " " * 9
-    return f"{text} ±{half(last):4.1f}   "
-
-
-def half(estimate):
-    """Half the width of the interval."""
-    return (estimate.high - estimate.low) / 2
+    return f"{text} ±{last.half_width:4.1f}   "
 
 
 def table_lines(results):
@@ -235,40 +229,26 @@ def markdown(head, body):
     return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *body)]
 
 
-def value_text(results, place, arm):
-    """An arm's value with half its interval."""
+def value_text(results, place, arm, greedy=True):
+    """An arm's value with half its interval, and the greedy one in brackets if that was played."""
     estimate = pick(results.table, place, arm=arm, temperature=results.temperatures[0])
-    return f"{estimate.value:.1f} ± {half(estimate):.1f}"
+    text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
+    if greedy and 0 in results.temperatures[1:]:
+        text += f" ({pick(results.table, place, arm=arm, temperature=0).value:.1f})"
+    return text
 
 
-def greedy_text(results, place, arm):
-    """The greedy value in brackets, if that was played beside the first temperature."""
-    if 0 not in results.temperatures[1:]:
-        return ""
-    return f" ({pick(results.table, place, arm=arm, temperature=0).value:.1f})"
-
-
-def gap(results, rows, place, pair):
-    """The Estimate of a paired difference at the first temperature."""
-    arm, base = pair
-    return pick(rows, place, arm=arm, base=base, temperature=results.temperatures[0])
-
-
-def gap_text(results, place, pair):
-    """A paired difference with its interval."""
-    found = gap(results, results.differences, place, pair)
-    return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
-
-
-def gaps_by_seed(results, place, pair):
-    """The same difference within each run; an earlier training may not have kept them."""
-    gaps = [gap(results, rows, place, pair) for rows in results.per_run.values()]
-    return ", ".join(f"{found.value:+.1f}" for found in gaps) or "not kept"
+def gaps(results, place, pair):
+    """Texts of a paired difference with its interval, and of the same within each run."""
+    wanted = {"arm": pair[0], "base": pair[1], "temperature": results.temperatures[0]}
+    pooled = pick(results.differences, place, **wanted)
+    each = [pick(rows, place, **wanted).value for rows in results.per_run.values()]
+    by_seed = ", ".join(f"{value:+.1f}" for value in each) or "not kept"
+    return f"{pooled.value:+.1f} [{pooled.low:.1f}, {pooled.high:.1f}]", by_seed
 
 
 def pair_name(pair):
-    arm, base = pair
-    return f"{NAMES[arm]} - {NAMES[base]}"
+    return " - ".join(NAMES[arm] for arm in pair)
 
 
 def paper(name):
@@ -283,7 +263,7 @@ def headline_block(fields, folder):
         results = read(ROOT / "results" / f"{name}.json")
         task = label.split(",")[0]
         theirs = map(str, paper(f"{task} rule OOD").values())
-        ours = [value_text(results, place, arm) for arm in ARMS]
+        ours = [value_text(results, place, arm, greedy=False) for arm in NAMES]
         body.append([label, *ours, " / ".join(theirs)])
     return markdown(["rule OOD, %", *NAMES.values(), "paper (11B): Init / SFT / RL"], body)
 
@@ -296,14 +276,13 @@ def table_block(fields, folder):
         cells = [label]
         if isinstance(place, str):
             theirs = paper(place)
-            cells += [f"{theirs[arm]:.1f}" for arm in ARMS]
+            cells += [f"{theirs[arm]:.1f}" for arm in NAMES]
             cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
         else:
-            for arm in ARMS:
-                cells.append(value_text(results, place, arm) + greedy_text(results, place, arm))
-            cells += [gap_text(results, place, pair) for pair in PAIRS]
+            cells += [value_text(results, place, arm) for arm in NAMES]
+            cells += [gaps(results, place, pair)[0] for pair in PAIRS]
         body.append(cells)
-    compute = [f"{results.gflops[arm]:,.0f}" for arm in ARMS]
+    compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body)
 
@@ -314,11 +293,8 @@ def trainings_block(fields, folder):
     before = SimpleNamespace(**{**vars(now), "per_run": {}, **now.earlier})
     body = []
     for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
-        cells = [f"{label}: {pair_name(pair)}"]
-        for training in (now, before):
-            cells.append(gap_text(training, place, pair))
-            cells.append(gaps_by_seed(training, place, pair))
-        body.append(cells)
+        both = [*gaps(now, place, pair), *gaps(before, place, pair)]
+        body.append([f"{label}: {pair_name(pair)}", *both])
     seeds = "seeds " + ", ".join(map(str, now.seeds))
     return markdown(["points", "this training", seeds, "earlier training", seeds], body)
 
@@ -388,12 +364,12 @@ def write_documents():
 def find(arguments):
     """The evaluation.json that the command line names: by configuration, run folder or itself."""
     path = Path(arguments[0])
-    if path.is_dir():
-        return path / "evaluation.json"
     if path.suffix == ".json":
         return path
-    cfg, _, _ = load(arguments)
-    return Path(cfg.run.dir) / "evaluation.json"
+    if not path.is_dir():
+        cfg, _, _ = load(arguments)
+        path = Path(cfg.run.dir)
+    return path / "evaluation.json"
 
 
 def publish(path, target):

@@ -22,6 +22,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def half_width(self):
+        return (self.high - self.low) / 2
+
 
 class Report(NamedTuple):
     """A block of the table: metrics of `rollout.counts` side by side, and their title."""
