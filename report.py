@@ -238,13 +238,15 @@ def value_text(results, place, arm, greedy=True):
     return text
 
 
-def gaps(results, place, pair):
-    """Texts of a paired difference with its interval, and of the same within each run."""
-    wanted = {"arm": pair[0], "base": pair[1], "temperature": results.temperatures[0]}
-    pooled = pick(results.differences, place, **wanted)
-    each = [pick(rows, place, **wanted).value for rows in results.per_run.values()]
-    by_seed = ", ".join(f"{value:+.1f}" for value in each) or "not kept"
-    return f"{pooled.value:+.1f} [{pooled.low:.1f}, {pooled.high:.1f}]", by_seed
+def gap(results, rows, place, pair):
+    """The Estimate of a paired difference among the rows, at the first temperature."""
+    arm, base = pair
+    return pick(rows, place, arm=arm, base=base, temperature=results.temperatures[0])
+
+
+def gap_text(results, place, pair):
+    found = gap(results, results.differences, place, pair)
+    return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
 def pair_name(pair):
@@ -280,7 +282,7 @@ def table_block(fields, folder):
             cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
         else:
             cells += [value_text(results, place, arm) for arm in NAMES]
-            cells += [gaps(results, place, pair)[0] for pair in PAIRS]
+            cells += [gap_text(results, place, pair) for pair in PAIRS]
         body.append(cells)
     compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
@@ -293,8 +295,12 @@ def trainings_block(fields, folder):
     before = SimpleNamespace(**{**vars(now), "per_run": {}, **now.earlier})
     body = []
     for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
-        both = [*gaps(now, place, pair), *gaps(before, place, pair)]
-        body.append([f"{label}: {pair_name(pair)}", *both])
+        cells = [f"{label}: {pair_name(pair)}"]
+        for training in (now, before):
+            each = [gap(now, rows, place, pair).value for rows in training.per_run.values()]
+            by_seed = ", ".join(f"{value:+.1f}" for value in each)
+            cells += [gap_text(training, place, pair), by_seed or "not kept"]
+        body.append(cells)
     seeds = "seeds " + ", ".join(map(str, now.seeds))
     return markdown(["points", "this training", seeds, "earlier training", seeds], body)
 
