@@ -293,8 +293,9 @@ def read_cells(path):
 
 # ---------------------------------------------------------------- the runs together
 class Evaluation:
-    """The runs of one or several seeds: an arm's episodes are those of every run.
+    """The runs of one or several seeds, what is played in each, and how far that is.
 
+    Attributes: arms: names of those that all runs have; places: of the table, in its order.
     Raises: UserError if a run has no arms, or eval.save_merged names one that not all runs have.
     """
 
@@ -308,7 +309,8 @@ class Evaluation:
         for name in e.save_merged:
             if name not in self.arms:
                 raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.arms)}")
-        self.places, self.reports = [], None  # the Reports that all variants have
+        self.places = []
+        self.reports = None  # those that the environments of all variants have
         for split, variant in product(e.splits, e.variants):
             changes = {"split": split, **e.variants[variant]}
             env = make_env(cfg.env, e.verify_iters, **changes)
@@ -337,20 +339,16 @@ class Evaluation:
                 cells[place] = run.cell(place, checkpoint, self.e.splits[place.split], self.bar)
         return tables
 
-    def gflops(self, arm):
-        """Model GFLOPs of an arm's checkpoint in the table, mean over the runs."""
-        return sum(run.gflops[run.shown[arm]] for run in self.runs) / len(self.runs)
-
     def point(self, place, nth):
-        """The Point of an arm's nth checkpoint."""
-        episodes, gflops = [], []
+        """The Point of an arm's nth checkpoint; its compute is the mean over the runs."""
+        episodes, gflops = [], 0
         for run in self.runs:
             checkpoint = run.arms[place.arm][nth]
             episodes += run.cell(place, checkpoint, self.e.curve_n, self.bar)
-            gflops.append(run.gflops[checkpoint])
+            gflops += run.gflops[checkpoint]
         recognized, asked = map(sum, zip(*columns(episodes)["recognized"]))
         estimate = estimates(episodes)[self.reports[0].lead]
-        return Point(sum(gflops) / len(gflops), *estimate, 100 * (recognized / asked))
+        return Point(gflops / len(self.runs), *estimate, 100 * (recognized / asked))
 
     def curve(self, variant):
         """{arm: Points in the order of training}; rl's starts at Init."""
@@ -408,6 +406,9 @@ def main(arguments):
     pairs = [*product(arms[1:], ["Init"])] if arms[0] == "Init" else []
     if "rl" in arms and "sft" in arms:
         pairs.append(("rl", "sft"))
+    gflops = {}
+    for arm in arms:
+        gflops[arm] = sum(run.gflops[run.shown[arm]] for run in runs) / len(runs)
     result = {
         "runs": list(tables),
         "seeds": [trained_with(run.shown[arms[0]])["run"]["seed"] for run in runs],
@@ -415,8 +416,10 @@ def main(arguments):
         "reports": [report._asdict() for report in evaluation.reports],
         "splits": e.splits, "variants": e.variants,
         "temperatures": e.temperatures, "curve_n": e.curve_n,
-        "gflops": {arm: evaluation.gflops(arm) for arm in arms},
-        "table": summarize(pooled), "differences": differences(pooled, pairs, e), "per_run": {},
+        "gflops": gflops,
+        "table": summarize(pooled),
+        "differences": differences(pooled, pairs, e),
+        "per_run": {},
         "curves": {variant: evaluation.curve(variant) for variant in e.variants},
     }
     if len(runs) > 1:

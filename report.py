@@ -69,11 +69,6 @@ def as_class(stored):
 
 
 # ---------------------------------------------------------------- tables on screen
-def width(names):
-    """Of a column that holds the names."""
-    return max(map(len, names)) + 2
-
-
 def grouped(found, *keys):
     """{values of the keys: {temperature: row}} in the order of the rows."""
     groups = {}
@@ -97,7 +92,8 @@ def cell_text(row, metrics):
 
 def table_lines(results):
     """The table, a block per split and report: of every variant the arms, then the references."""
-    variant_width, arm_width = width(results.variants), width(row["arm"] for row in results.table)
+    variant_width = max(map(len, results.variants)) + 2
+    arm_width = max(len(row["arm"]) for row in results.table) + 2
     lines = []
     for split, report in product(results.splits, results.reports):
         found = [row for row in results.table if row["split"] == split]
@@ -122,8 +118,8 @@ def table_lines(results):
 
 def difference_lines(results):
     """The paired differences, a block per report, of its leading metric."""
-    variant_width = width(results.variants)
-    pair_width = 2 * width(results.gflops) + 1
+    variant_width = max(map(len, results.variants)) + 2
+    pair_width = 2 * max(map(len, results.gflops)) + 5
     heads = "".join(f"{temperature_name(t):^24}" for t in results.temperatures)
     lines = []
     for report in results.reports:
@@ -142,18 +138,16 @@ def difference_lines(results):
     return lines
 
 
-def transcript_lines(results):
+def print_transcripts(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
-    lines = []
+    temperature = temperature_name(results.temperatures[0])
     for found in results.transcripts:
-        temperature = temperature_name(results.temperatures[0])
-        lines += ["", f"--- {found['arm']}, {found['variant']}, {temperature}"]
+        print(f"\n--- {found['arm']}, {found['variant']}, {temperature}")
         for episode in found["episodes"]:
             for turn in episode:
-                verifier = turn["verifier"] or "correct"
-                lines += [f"  {turn['answer']}", f"    -> {turn['reward']:+g} {verifier}"]
-            lines.append("")
-    return lines
+                print(f"  {turn['answer']}")
+                print(f"    -> {turn['reward']:+g} {turn['verifier'] or 'correct'}")
+            print()
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
@@ -170,8 +164,8 @@ def draw(results, path):
     columns = 2 if "recognition" in [report.name for report in results.reports] else 1
     figure, axes = plt.subplots(len(variants), columns, sharex="col", squeeze=False,
                                 figsize=(5 * columns, 2.7 * len(variants)))
-    points = chain(*[chain(*arms.values()) for arms in results.curves.values()])
-    most_gflops, *_ = max(points)
+    everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
+    most_gflops, *_ = max(everywhere)
     for panels, variant in zip(axes, variants):
         panels[0].set_ylabel(f"{variant}\n{lead.name} % ({temperature})")
         for arm, points in results.curves[variant].items():
@@ -340,8 +334,7 @@ def regenerate(text, folder):
     """A document's text with its generated blocks written anew; `folder` is where it lies."""
     def write(block):
         kind, written, _ = block.groups()
-        fields = yaml.safe_load(written) or {}
-        lines = BLOCKS[kind](fields, folder)
+        lines = BLOCKS[kind](yaml.safe_load(written), folder)
         return "\n".join([f"<!-- {kind}{written}-->", "", *lines, "", "<!-- end -->"])
 
     return BLOCK.sub(write, text)
@@ -405,16 +398,13 @@ def main(arguments):
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
     results = read(path)
-    lines = table_lines(results)
+    print(*table_lines(results), sep="\n")
     if results.differences:
-        lines += difference_lines(results)
-    print("\n".join(lines))
+        print(*difference_lines(results), sep="\n")
     if any(results.curves.values()) and path.name == "evaluation.json":
-        figure = path.with_suffix(".png")
-        draw(results, figure)
-        print(f"\nwritten: {figure}")
-    if results.transcripts:
-        print("\n".join(transcript_lines(results)))
+        draw(results, path.with_suffix(".png"))
+        print(f"\nwritten: {path.with_suffix('.png')}")
+    print_transcripts(results)
     if options.publish:
         publish(path, options.publish)
 
