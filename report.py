@@ -3,8 +3,8 @@
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
                                                              evaluation.png (Figures 5, 7, 8)
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
-    python report.py --documents                             rewrites the blocks of README.md and
-                                                             docs/*.md, redraws their figures
+    python report.py --documents                             rewrites blocks and figures of
+                                                             README.md and docs/*.md
 
 A generated block stands between two comments. The first names the block and, as YAML, its fields:
 
@@ -24,67 +24,48 @@ import argparse
 import json
 import os
 import re
+from itertools import chain, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
-from lib.results import Estimate, Point, Report, temperature_name
+from lib.results import Estimate, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 
-ARMS = ("Init", "sft", "rl")
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
+COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
     "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
     "V-IRL-L, per step": ("virl_l_mini", ["unseen", "rule OOD", "per_step"]),
     "V-IRL-VL, per step": ("virl_vl_mini", ["unseen", "rule OOD", "per_step"]),
 }
-KINDS = "headline|table|trainings|grid|figure"
-BLOCK = re.compile(rf"<!-- ({KINDS})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-class Results:
-    """What an evaluation.json holds, its lists turned into the classes of lib/results.py.
+def read(path):
+    """What an evaluation.json holds, by attributes; its lists are the classes of lib/results.py.
 
-    Args: earlier: instead of it, the earlier training of the same seeds that is stored beside it.
     Raises: UserError if there is no such file, or one of an older version.
     """
-
-    def __init__(self, path, earlier=False):
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"cannot read {path}: run eval.py first") from None
-        if "reports" not in stored:
-            raise UserError(f"{path} is of an older version: run eval.py again")
-        self.seeds, self.episodes = stored["seeds"], stored["splits"]
-        self.splits, self.variants = list(stored["splits"]), list(stored["variants"])
-        self.temperatures, self.curve_n = stored["temperatures"], stored["curve_n"]
-        self.reports = [Report(**report) for report in stored["reports"]]
-        self.transcripts = stored.get("transcripts", [])
-        self.curves = {}  # variant -> {arm: Points}
-        for variant, arms in stored["curves"].items():
-            self.curves[variant] = {arm: points(found) for arm, found in arms.items()}
-        figures = stored.get("earlier") if earlier else stored
-        self.gflops = figures.get("gflops")
-        self.table, self.differences = rows(figures["table"]), rows(figures["differences"])
-        self.per_run = [rows(found) for found in figures.get("per_run", {}).values()]
-
-    def has_curves(self):
-        return any(found for arms in self.curves.values() for found in arms.values())
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=as_class)
+    except (OSError, ValueError):
+        raise UserError(f"cannot read {path}: run eval.py first") from None
+    if "reports" not in stored:
+        raise UserError(f"{path} is of an older version: run eval.py again")
+    return SimpleNamespace(**{"transcripts": [], **stored})
 
 
-def rows(stored):
-    """Rows of a table, their metrics as Estimates."""
-    for row in stored:
-        row["metrics"] = {name: Estimate(*numbers) for name, numbers in row["metrics"].items()}
+def as_class(stored):
+    """A JSON object: a Report, or what it was, the metrics of a row as Estimates."""
+    if "title" in stored:
+        return Report(**stored)
+    for name, numbers in stored.get("metrics", {}).items():
+        stored["metrics"][name] = Estimate(*numbers)
     return stored
-
-
-def points(stored):
-    return [Point(*numbers) for numbers in stored]
 
 
 # ---------------------------------------------------------------- tables on screen
@@ -101,19 +82,12 @@ def cell_text(row, metrics):
     """The row's metrics, "-" where there is none; the last of an arm with half its interval."""
     values = []
     for name in metrics:
-        estimate = row["metrics"].get(name)
-        values.append(f"{estimate.value:5.1f}" if estimate else f"{'-':>5}")
+        last = row["metrics"].get(name)
+        values.append(f"{last.value:5.1f}" if last else f"{'-':>5}")
     text = " / ".join(values)
-    last = row["metrics"].get(metrics[-1])
     if last is None or row["temperature"] is None:
         return text + " " * 9
-    return f"{text} ±{(last.high - last.low) / 2:4.1f}   "
-
-
-def difference_text(estimate):
-    if estimate is None:
-        return f"{'-':>6}{'':18}"
-    return f"{estimate.value:+6.1f} [{estimate.low:+5.1f}, {estimate.high:+5.1f}]   "
+    return f"{text} ±{last.half_width:4.1f}   "
 
 
 def table_lines(results):
@@ -121,32 +95,31 @@ def table_lines(results):
     variant_width = max(map(len, results.variants)) + 2
     arm_width = max(len(row["arm"]) for row in results.table) + 2
     lines = []
-    for split in results.splits:
+    for split, report in product(results.splits, results.reports):
         found = [row for row in results.table if row["split"] == split]
-        for report in results.reports:
-            width = max(24, 8 * len(report.metrics) + 8)
-            heads = "".join(f"{temperature_name(t):^{width}}" for t in results.temperatures)
-            title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
-            lines += ["", title, " " * (variant_width + arm_width) + heads + "   model GFLOPs"]
-            before = None
-            for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
-                shown = "" if variant == before else variant
-                line = f"{shown:{variant_width}}{arm:{arm_width}}"
-                for temperature in (*results.temperatures, None):
-                    if temperature in by_temperature:
-                        line += f"{cell_text(by_temperature[temperature], report.metrics):>{width}}"
-                if None not in by_temperature:
-                    line += f"{results.gflops[arm]:13,.0f}"
-                lines.append(line.rstrip())
-                before = variant
+        cell_width = max(24, 8 * len(report.metrics) + 8)
+        head = " " * (variant_width + arm_width)
+        for temperature in results.temperatures:
+            head += f"{temperature_name(temperature):^{cell_width}}"
+        title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
+        lines += ["", title, head + "   model GFLOPs"]
+        before = None
+        for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
+            shown = "" if variant == before else variant
+            line = f"{shown:{variant_width}}{arm:{arm_width}}"
+            for row in by_temperature.values():
+                line += f"{cell_text(row, report.metrics):>{cell_width}}"
+            if arm in results.gflops:
+                line += f"{results.gflops[arm]:13,.0f}"
+            lines.append(line.rstrip())
+            before = variant
     return lines
 
 
 def difference_lines(results):
     """The paired differences, a block per report, of its leading metric."""
     variant_width = max(map(len, results.variants)) + 2
-    names = [row[key] for row in results.differences for key in ("arm", "base")]
-    pair_width = 2 * max(map(len, names), default=0) + 5
+    pair_width = 2 * max(map(len, results.gflops)) + 5
     heads = "".join(f"{temperature_name(t):^24}" for t in results.temperatures)
     lines = []
     for report in results.reports:
@@ -155,30 +128,29 @@ def difference_lines(results):
         found = grouped(results.differences, "split", "variant", "arm", "base")
         for (split, variant, arm, base), by_temperature in found.items():
             line = f"{split:8}{variant:{variant_width}}{arm + ' - ' + base:{pair_width}}"
-            for temperature in results.temperatures:
-                line += difference_text(by_temperature[temperature]["metrics"].get(report.lead))
+            for row in by_temperature.values():
+                gap = row["metrics"].get(report.lead)
+                if gap:
+                    line += f"{gap.value:+6.1f} [{gap.low:+5.1f}, {gap.high:+5.1f}]   "
+                else:
+                    line += f"{'-':>6}{'':18}"
             lines.append(line)
     return lines
 
 
-def transcript_lines(results):
+def print_transcripts(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
-    lines = []
+    temperature = temperature_name(results.temperatures[0])
     for found in results.transcripts:
-        temperature = temperature_name(results.temperatures[0])
-        lines += ["", f"--- {found['arm']}, {found['variant']}, {temperature}"]
+        print(f"\n--- {found['arm']}, {found['variant']}, {temperature}")
         for episode in found["episodes"]:
             for turn in episode:
-                feedback = turn["feedback"] or "correct"
-                lines += [f"  {turn['text']}", f"    -> {turn['reward']:+g} {feedback}"]
-            lines.append("")
-    return lines
+                print(f"  {turn['answer']}")
+                print(f"    -> {turn['reward']:+g} {turn['verifier'] or 'correct'}")
+            print()
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
-COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
-
-
 def draw(results, path):
     """The leading metric against model GFLOPs, one panel per variant (ID on top): Figures 5 and 7.
 
@@ -192,13 +164,14 @@ def draw(results, path):
     columns = 2 if "recognition" in [report.name for report in results.reports] else 1
     figure, axes = plt.subplots(len(variants), columns, sharex="col", squeeze=False,
                                 figsize=(5 * columns, 2.7 * len(variants)))
-    for row, variant in zip(axes, variants):
-        draw_compute(row[0], results.curves[variant])
-        row[0].set_ylabel(f"{variant}\n{lead.name} % ({temperature})")
-        if columns == 2:
-            draw_recognition(row[1], results.curves[variant], most_compute(results))
-        for axis in row:
-            axis.grid(alpha=0.3)
+    everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
+    most_gflops, *_ = max(everywhere)
+    for panels, variant in zip(axes, variants):
+        panels[0].set_ylabel(f"{variant}\n{lead.name} % ({temperature})")
+        for arm, points in results.curves[variant].items():
+            draw_arm(panels, arm, points, most_gflops)
+        for panel in panels:
+            panel.grid(alpha=0.3)
     size = f"{results.curve_n} episodes per seed and point, seeds: {len(results.seeds)}"
     axes[0][0].set_title(size, fontsize=8)
     axes[0][0].legend(loc="lower right", fontsize=8)
@@ -210,44 +183,36 @@ def draw(results, path):
     plt.close(figure)
 
 
-def most_compute(results):
-    return max(found[-1].gflops for arms in results.curves.values() for found in arms.values())
+def draw_arm(panels, arm, points, most_gflops):
+    """An arm's Points: a curve with its 95 % band over compute, then dots over recognition.
 
-
-def draw_compute(axis, arms):
-    """A curve per arm with its 95 % band; Init is a star."""
-    for arm, found in arms.items():
-        gflops, value, low, high, _ = zip(*found)
-        style = {"color": COLORS[arm], "label": NAMES[arm]}
-        if arm == "Init":
-            axis.plot(gflops, value, "*", markersize=12, zorder=5, **style)
-        else:
-            axis.plot(gflops, value, "o-", markersize=3, zorder=2, **style)
-            axis.fill_between(gflops, low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
-
-
-def draw_recognition(axis, arms, most):
-    """A dot per checkpoint, the fuller the more of `most` GFLOPs were spent; Init is a star."""
-    for arm, found in arms.items():
-        gflops, value, _, _, recognition = zip(*found)
-        if arm == "Init":
-            axis.scatter(recognition, value, color=COLORS[arm], marker="*", s=144, zorder=5)
-        else:
-            alpha = [1 - 0.8 * (1 - compute / most) for compute in gflops]
-            axis.scatter(recognition, value, color=COLORS[arm], s=30, alpha=alpha, zorder=2)
+    The dots are the fuller the more compute was spent. Init is a star.
+    """
+    gflops, value, low, high, recognition = zip(*points)
+    color, name = COLORS[arm], NAMES[arm]
+    compute, *others = panels
+    if arm == "Init":
+        compute.plot(gflops, value, "*", color=color, label=name, markersize=12, zorder=5)
+        dots = {"marker": "*", "s": 144, "zorder": 5}
+    else:
+        compute.plot(gflops, value, "o-", color=color, label=name, markersize=3, zorder=2)
+        compute.fill_between(gflops, low, high, color=color, alpha=0.15, linewidth=0)
+        opacity = [1 - 0.8 * (1 - spent / most_gflops) for spent in gflops]
+        dots = {"s": 30, "alpha": opacity, "zorder": 2}
+    for panel in others:
+        panel.scatter(recognition, value, color=color, **dots)
 
 
 # ---------------------------------------------------------------- blocks of the documents
-def pick(found, place, temperature, arm, base=None):
-    """The Estimate at a place [split, variant, metric] of an arm, or of its difference to a base.
+def pick(rows, place, **wanted):
+    """The Estimate at a place [split, variant, metric] of the row that has what is wanted.
 
     Raises: UserError if there is none.
     """
     split, variant, metric = place
-    wanted = (split, variant, temperature, arm, base)
-    for row in found:
-        here = (row["split"], row["variant"], row["temperature"], row["arm"], row.get("base"))
-        if here == wanted and metric in row["metrics"]:
+    wanted.update(split=split, variant=variant)
+    for row in rows:
+        if wanted.items() <= row.items() and metric in row["metrics"]:
             return row["metrics"][metric]
     raise UserError(f"no {metric} of {wanted}")
 
@@ -260,29 +225,26 @@ def markdown(head, body):
 
 def value_text(results, place, arm, greedy=True):
     """An arm's value with half its interval, and the greedy one in brackets if that was played."""
-    first, *others = results.temperatures
-    estimate = pick(results.table, place, first, arm)
-    text = f"{estimate.value:.1f} ± {(estimate.high - estimate.low) / 2:.1f}"
-    if greedy and 0 in others:
-        text += f" ({pick(results.table, place, 0, arm).value:.1f})"
+    estimate = pick(results.table, place, arm=arm, temperature=results.temperatures[0])
+    text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
+    if greedy and 0 in results.temperatures[1:]:
+        text += f" ({pick(results.table, place, arm=arm, temperature=0).value:.1f})"
     return text
 
 
+def gap(results, rows, place, pair):
+    """The Estimate of a paired difference among the rows, at the first temperature."""
+    arm, base = pair
+    return pick(rows, place, arm=arm, base=base, temperature=results.temperatures[0])
+
+
 def gap_text(results, place, pair):
-    """A paired difference with its interval, at the first temperature."""
-    estimate = pick(results.differences, place, results.temperatures[0], *pair)
-    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
-
-
-def gaps_by_seed(results, place, pair):
-    """The same difference within each run; an earlier training may not have kept them."""
-    gaps = [pick(found, place, results.temperatures[0], *pair) for found in results.per_run]
-    return ", ".join(f"{gap.value:+.1f}" for gap in gaps) or "not kept"
+    found = gap(results, results.differences, place, pair)
+    return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
 def pair_name(pair):
-    arm, base = pair
-    return f"{NAMES[arm]} - {NAMES[base]}"
+    return " - ".join(NAMES[arm] for arm in pair)
 
 
 def paper(name):
@@ -292,72 +254,72 @@ def paper(name):
 
 def headline_block(fields, folder):
     """Rule OOD of the four tasks, the paper's beside ours."""
-    head = ["rule OOD, %", *(NAMES[arm] for arm in ARMS), "paper (11B): Init / SFT / RL"]
     body = []
     for label, (name, place) in HEADLINE.items():
-        results = Results(ROOT / "results" / f"{name}.json")
-        ours = [value_text(results, place, arm, greedy=False) for arm in ARMS]
+        results = read(ROOT / "results" / f"{name}.json")
         task = label.split(",")[0]
-        theirs = paper(f"{task} rule OOD")
-        body.append([label, *ours, " / ".join(str(theirs[arm]) for arm in ARMS)])
-    return markdown(head, body)
+        theirs = map(str, paper(f"{task} rule OOD").values())
+        ours = [value_text(results, place, arm, greedy=False) for arm in NAMES]
+        body.append([label, *ours, " / ".join(theirs)])
+    return markdown(["rule OOD, %", *NAMES.values(), "paper (11B): Init / SFT / RL"], body)
 
 
 def table_block(fields, folder):
     """The arms and their paired differences, a row per (split, variant, metric) or of the paper."""
-    results = Results(ROOT / fields["source"])
-    head = ["%", *(NAMES[arm] for arm in ARMS), *map(pair_name, PAIRS)]
+    results = read(ROOT / fields["source"])
     body = []
     for label, place in fields["rows"].items():
+        cells = [label]
         if isinstance(place, str):
             theirs = paper(place)
-            values = [f"{theirs[arm]:.1f}" for arm in ARMS]
-            gaps = [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
+            cells += [f"{theirs[arm]:.1f}" for arm in NAMES]
+            cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
         else:
-            values = [value_text(results, place, arm) for arm in ARMS]
-            gaps = [gap_text(results, place, pair) for pair in PAIRS]
-        body.append([label, *values, *gaps])
-    compute = [f"{results.gflops[arm]:,.0f}" for arm in ARMS]
+            cells += [value_text(results, place, arm) for arm in NAMES]
+            cells += [gap_text(results, place, pair) for pair in PAIRS]
+        body.append(cells)
+    compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
-    return markdown(head, body)
+    return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body)
 
 
 def trainings_block(fields, folder):
     """How far trainings differ: differences by seed, then those of the earlier training."""
-    now = Results(ROOT / fields["source"])
-    before = Results(ROOT / fields["source"], earlier=True)
-    seeds = ", ".join(map(str, now.seeds))
-    head = ["points", "this training", f"seeds {seeds}", "earlier training", f"seeds {seeds}"]
+    now = read(ROOT / fields["source"])
+    before = SimpleNamespace(**{**vars(now), "per_run": {}, **now.earlier})
     body = []
-    for label, place in fields["rows"].items():
-        for pair in PAIRS[:2]:
-            cells = [f"{label}: {pair_name(pair)}"]
-            for training in (now, before):
-                cells.append(gap_text(training, place, pair))
-                cells.append(gaps_by_seed(training, place, pair))
-            body.append(cells)
-    return markdown(head, body)
+    for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
+        cells = [f"{label}: {pair_name(pair)}"]
+        for training in (now, before):
+            each = [gap(now, rows, place, pair).value for rows in training.per_run.values()]
+            by_seed = ", ".join(f"{value:+.1f}" for value in each)
+            cells += [gap_text(training, place, pair), by_seed or "not kept"]
+        body.append(cells)
+    seeds = "seeds " + ", ".join(map(str, now.seeds))
+    return markdown(["points", "this training", seeds, "earlier training", seeds], body)
 
 
 def grid_block(fields, folder):
     """Arms against variants: the first metric, the second in brackets."""
-    results = Results(ROOT / fields["source"])
+    results = read(ROOT / fields["source"])
+    first, second = fields["metrics"]
     body = []
     for label, arm in fields["rows"].items():
         cells = [label]
         for variant in results.variants:
-            first, second = [pick(results.table, [fields["split"], variant, metric],
-                                  results.temperatures[0], arm) for metric in fields["metrics"]]
-            cells.append(f"{first.value:.0f} ({second.value:.0f})")
+            wanted = {"arm": arm, "temperature": results.temperatures[0]}
+            a = pick(results.table, [fields["split"], variant, first], **wanted)
+            b = pick(results.table, [fields["split"], variant, second], **wanted)
+            cells.append(f"{a.value:.0f} ({b.value:.0f})")
         body.append(cells)
     return markdown([fields["head"], *results.variants], body)
 
 
 def figure_block(fields, folder):
     """A picture of the curves and how many episodes are behind it."""
-    results = Results(ROOT / fields["source"])
+    results = read(ROOT / fields["source"])
     link = os.path.relpath(ROOT / fields["image"], folder)
-    unit, n = fields["unit"], next(iter(results.episodes.values()))
+    unit, n = fields["unit"], next(iter(results.splits.values()))
     caption = (f"{fields['title']}, {len(results.seeds)} seeds. In the picture each seed and "
                f"point has {results.curve_n} {unit} (bands: 95 %), in the tables {n}.")
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
@@ -365,14 +327,14 @@ def figure_block(fields, folder):
 
 BLOCKS = {"headline": headline_block, "table": table_block, "trainings": trainings_block,
           "grid": grid_block, "figure": figure_block}
+BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def regenerate(text, folder):
     """A document's text with its generated blocks written anew; `folder` is where it lies."""
     def write(block):
         kind, written, _ = block.groups()
-        fields = yaml.safe_load(written) or {}
-        lines = BLOCKS[kind](fields, folder)
+        lines = BLOCKS[kind](yaml.safe_load(written), folder)
         return "\n".join([f"<!-- {kind}{written}-->", "", *lines, "", "<!-- end -->"])
 
     return BLOCK.sub(write, text)
@@ -393,7 +355,7 @@ def write_documents():
         for kind, written, _ in BLOCK.findall(new):
             if kind == "figure":
                 fields = yaml.safe_load(written)
-                draw(Results(ROOT / fields["source"]), ROOT / fields["image"])
+                draw(read(ROOT / fields["source"]), ROOT / fields["image"])
                 print(f"drawn: {fields['image']}")
 
 
@@ -401,12 +363,12 @@ def write_documents():
 def find(arguments):
     """The evaluation.json that the command line names: by configuration, run folder or itself."""
     path = Path(arguments[0])
-    if path.is_dir():
-        return path / "evaluation.json"
     if path.suffix == ".json":
         return path
-    cfg, _, _ = load(arguments)
-    return Path(cfg.run.dir) / "evaluation.json"
+    if not path.is_dir():
+        cfg, _, _ = load(arguments)
+        path = Path(cfg.run.dir)
+    return path / "evaluation.json"
 
 
 def publish(path, target):
@@ -414,13 +376,10 @@ def publish(path, target):
 
     What only a person writes there stays: what it is, and the earlier training.
     """
-    def three_decimals(text):
-        return round(float(text), 3)
-
-    figures = json.loads(path.read_text(encoding="utf-8"), parse_float=three_decimals)
-    figures.pop("transcripts", None)
     kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
-    kept.update(figures)
+    text = path.read_text(encoding="utf-8")
+    kept.update(json.loads(text, parse_float=lambda number: round(float(number), 3)))
+    kept.pop("transcripts", None)
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items()]
     write_atomic(target, "{\n" + ",\n".join(lines) + "\n}\n")
     print(f"written: {target}")
@@ -438,17 +397,14 @@ def main(arguments):
     if not options.what:
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
-    results = Results(path)
-    lines = table_lines(results)
+    results = read(path)
+    print(*table_lines(results), sep="\n")
     if results.differences:
-        lines += difference_lines(results)
-    print("\n".join(lines))
-    if results.has_curves() and path.name == "evaluation.json":
-        figure = path.with_suffix(".png")
-        draw(results, figure)
-        print(f"\nwritten: {figure}")
-    if results.transcripts:
-        print("\n".join(transcript_lines(results)))
+        print(*difference_lines(results), sep="\n")
+    if any(results.curves.values()) and path.name == "evaluation.json":
+        draw(results, path.with_suffix(".png"))
+        print(f"\nwritten: {path.with_suffix('.png')}")
+    print_transcripts(results)
     if options.publish:
         publish(path, options.publish)
 

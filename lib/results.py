@@ -9,7 +9,7 @@
     differences                rows {split, variant, temperature, arm, base, metrics} in points
     per_run                    {run folder: its own differences}, where several runs are pooled
     curves                     {variant: {arm: [Point]}}, at the first split and temperature
-    transcripts                {arm, variant, episodes: [[{text, reward, feedback}]]}, if wanted
+    transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
     runs, seeds, minutes       run folders, their seeds, minutes of training per arm
     commit, machine, versions  where and with what it was measured
 """
@@ -21,6 +21,10 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    @property
+    def half_width(self):
+        return (self.high - self.low) / 2
 
 
 class Report(NamedTuple):

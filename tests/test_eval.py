@@ -421,9 +421,9 @@ def test_transcripts_hold_whole_episodes(main, toy):
         (arm, variant) for arm in ("Init", "sft", "rl") for variant in ("ID", "long")
     }
     for rail, episode in zip(rails(toy, 2, 7), found["rl", "ID"]):
-        right = [turn["text"] for turn in episode if turn["reward"] == 1]
+        right = [turn["answer"] for turn in episode if turn["reward"] == 1]
         assert right == rail and all(
-            turn["feedback"] == "No." for turn in episode if turn["reward"] == -1
+            turn["verifier"] == "No." for turn in episode if turn["reward"] == -1
         )
 
 
@@ -452,7 +452,8 @@ def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
     for cell in cells:
         if cell["key"][1] is not None:  # keys hold the time of the checkpoint
             cell["key"][1] = int((folder / cell["key"][0]).stat().st_mtime)
-        cell["counts"].pop("first_turn", None)
+        for episode in cell["episodes"]:
+            episode["counts"].pop("first_turn", None)
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
     run("eval.temperatures=[0]", "eval.curve_n=0", f"eval.runs=[{folder}, {other}]")
     for a, b in zip(single, json.loads((folder / "evaluation.json").read_text())["table"]):

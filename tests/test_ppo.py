@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
-from eval import Cell, cluster_weights, differences, interval
+from eval import cluster_weights, differences, interval
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
 from lib.training import Batch, Size, learning_rate, token_weights
@@ -684,13 +684,14 @@ def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
 
 def test_paired_difference_of_identical_arms_is_exactly_zero():
     def cell(solved):
-        counts = {"first": [(0, 1), (1, 1)] * 50, "solved": [(int(ok), 1) for ok in solved]}
-        return Cell([i // 3 for i in range(100)], counts)
+        counts = [{"first": (i % 2, 1), "solved": (solved[i], 1)} for i in range(100)]
+        return [{"cluster": i // 3, "counts": counts[i]} for i in range(100)]
 
     one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
-    cells = {"a": one, "b": one, "c": two}
+    arms = {"a": one, "b": one, "c": two}
     e = SimpleNamespace(splits=["all"], variants={"ID": {}}, temperatures=[0.2])
-    same, other = differences(lambda arm, *_: cells[arm], [("a", "b"), ("c", "a")], e)
+    cells = {("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
+    same, other = differences(cells, [("a", "b"), ("c", "a")], e)
     assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
     mean, low, high = other["metrics"]["solved"]  # in points
     # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8

@@ -146,8 +146,8 @@ def test_nothing_to_compare_prints_no_differences(show):
 
 def test_transcripts_are_printed_turn_by_turn(show):
     turns = [
-        {"text": "7*3", "reward": -1, "feedback": "No, 21."},
-        {"text": "8*3", "reward": 5, "feedback": ""},
+        {"answer": "7*3", "reward": -1, "verifier": "No, 21."},
+        {"answer": "8*3", "reward": 5, "verifier": ""},
     ]
     printed = show(transcripts=[{"arm": "rl", "variant": "ID", "episodes": [turns]}])
     assert printed.endswith(

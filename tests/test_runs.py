@@ -533,12 +533,16 @@ def test_evaluation_shows_every_arm(evaluated):
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def clusters(cell):
+    return [episode["cluster"] for episode in cell["episodes"]]
+
+
 def test_arms_play_the_same_hands_at_equal_compute(evaluated):
     folder, _ = evaluated
     hands = {}
     for cell in lines(folder / "evaluations.jsonl"):
         checkpoint, _, env, split, temperature, n, *_ = cell["key"]
-        hands.setdefault((json.dumps(env), split, n), []).append(cell["cluster"])
+        hands.setdefault((json.dumps(env), split, n), []).append(clusters(cell))
     assert all(len(c) >= 3 and all(x == c[0] for x in c) for c in hands.values())  # paired
     assert len({str(c[0]) for c in hands.values()}) == len(hands)
     report = json.loads((folder / "evaluation.json").read_text())
@@ -757,7 +761,7 @@ def test_visual_ood_plays_the_hands_of_id_by_all_arms(seeing):
         _, _, env, split, _, n, *_ = cell["key"]
         suits = env.get("suits")
         if suits in hands and env["rule"] == "ten" and split == "all" and n == 6:
-            hands[suits].add(tuple(cell["cluster"]))
+            hands[suits].add(tuple(clusters(cell)))
     assert len(hands["red"]) == 1 and hands["red"] == hands["black"]
 
 
@@ -773,9 +777,10 @@ def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys)
     cells = lines(folder / "evaluations.jsonl")
     stored = copy.deepcopy(cells)
     for cell in stored[:2]:
-        counts = cell.pop("counts")
+        episodes = cell.pop("episodes")
+        cell["cluster"] = [episode["cluster"] for episode in episodes]
         for name in ("first", "solved"):
-            cell[name] = [r for r, _ in counts[name]]
+            cell[name] = [episode["counts"][name][0] for episode in episodes]
     path = tmp_path / "run" / "evaluations.jsonl"
     path.write_text("".join(json.dumps(cell) + "\n" for cell in stored))
     run("eval", tmp_path / "run")
