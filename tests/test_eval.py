@@ -286,7 +286,9 @@ def test_tables_resume_between_positions(toy):
     policy = Walker()
 
     def turn(tables):
-        return [(t.slot, t.seed, t.prompt, t.text, t.info) for t in tables.answer_all(policy, 0, None)]
+        return [
+            (t.slot, t.seed, t.prompt, t.text, t.info) for t in tables.answer_all(policy, 0, None)
+        ]
 
     one = Play([make_env({**toy, "longest": 8}, 2) for _ in range(5)], iter(range(1000)))
     for _ in range(4):

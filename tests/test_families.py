@@ -175,7 +175,9 @@ def test_ratio_is_one_before_the_first_step(make, turns):
     with torch.no_grad():
         out = policy.score([p.answered(a.ids) for p, a in zip(prompts, answers)], 0.7)
     for place, answer in enumerate(answers):
-        assert abs((out["logprobs"][out["answer"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
+        assert (
+            abs((out["logprobs"][out["answer"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
+        )
         assert policy.family.image_token not in answer.ids
 
 

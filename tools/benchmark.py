@@ -87,7 +87,7 @@ class Library:
         turns = []
         for play in plays:
             for _ in range(ppo.turns):
-                turns += play.turn(self, ppo.temperature, None)
+                turns += play.answer_all(self, ppo.temperature, None)
         return turns
 
 

@@ -1,6 +1,6 @@
 """Draws the pictures of the documents that no run draws.
 
-    python tools/pictures.py      docs/cards.png, docs/tables.png, docs/cities.png, docs/route.png
+    python tools/pictures.py      docs/cards.png, tables.png, episode.png, cities.png, route.png
 """
 import random
 import sys
@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gp import GeneralPoints
 from lib.settings import ROOT
 from scenery.cards import LINE, PAPER, RANKS, SUITS, TABLE, draw_card, draw_table
 from scenery.streets import CITIES, ICONS, Scene, Sign, font, paint_glyph, street_views
@@ -16,6 +17,7 @@ from virl import RULES, Navigation
 
 WHITE = (255, 255, 255)
 INK = (20, 20, 30)
+EPISODE = 281475976710821  # the seed of README's episode
 
 
 def cards():
@@ -125,8 +127,15 @@ def route():
     return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
+def episode():
+    """The cards of README's episode as the model sees them, enlarged three times."""
+    env = GeneralPoints(split="all", image_size=[112, 112])
+    observation, _ = env.reset(EPISODE)
+    return observation["image"].resize((336, 336), Image.Resampling.NEAREST)
+
+
 def main():
-    for picture in (cards, tables, cities, route):
+    for picture in (cards, tables, episode, cities, route):
         path = ROOT / "docs" / f"{picture.__name__}.png"
         picture().save(path, optimize=True)
         print(path.relative_to(ROOT))
