@@ -133,7 +133,10 @@ def summarize(cells):
 
 
 def differences(cells, pairs, e):
-    """Rows of paired differences. Args: pairs: list of (arm, base); e: the settings `eval`."""
+    """Rows of paired differences, see lib/results.py.
+
+    Args: cells: {Place: episodes}; pairs: list of (arm, base); e: the settings `eval`.
+    """
     rows = []
     places = product(e.splits, e.variants, e.temperatures, pairs)
     for split, variant, temperature, (arm, base) in places:
@@ -264,7 +267,7 @@ class EvaluatedRun:
         return episodes
 
     def play(self, place, checkpoint, n, bar=None):
-        """The same. Returns: n records of `rollout.evaluate`."""
+        """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
         e, env = self.cfg.eval, self.cfg.env
         changes = {"split": place.split, **e.variants[place.variant]}
         if checkpoint is None:
@@ -403,7 +406,7 @@ def main(arguments):
     pooled = {}
     for place in evaluation.places:
         pooled[place] = list(chain(*[table[place] for table in tables.values()]))
-    pairs = [*product(arms[1:], ["Init"])] if arms[0] == "Init" else []
+    pairs = [*product(arms[1:], ["Init"])] if arms[0] == "Init" else []  # (arm, base)
     if "rl" in arms and "sft" in arms:
         pairs.append(("rl", "sft"))
     gflops = {}
@@ -428,7 +431,8 @@ def main(arguments):
     evaluation.bar.close()
     if e.transcripts:
         result["transcripts"] = evaluation.transcripts()
-    result["minutes"] = {**evaluation.minutes(), "eval": (time.monotonic() - started) / 60}
+    minutes = {**evaluation.minutes(), "eval": (time.monotonic() - started) / 60}
+    result["minutes"] = {name: round(spent, 1) for name, spent in minutes.items()}
     out = Path(cfg.run.dir)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
