@@ -2,9 +2,16 @@
 
 It does two things. `sample` writes one answer per prompt, token by token. `score` reads whole
 conversations in one pass and gives the log-probs of the answers' tokens and the value before each
-answer. Tokens are sampled from softmax(logits / T) without truncation, and `score` computes the
-same from the ids that were sampled: to rounding in fp32, not in 16 bits (see rl.py). In a later
-prompt an answer stands as text and gets its ids anew; lib/batching.pack notices if they differ.
+answer.
+
+Why both give the same log-probs: tokens are sampled from softmax(logits / T) without truncation,
+and `score` computes that softmax, with the same mask of forbidden tokens, from the very ids that
+were sampled. In fp32 they agree to rounding. In 16 bits reading a whole text and reading it token
+by token round differently, so that rl.py takes its old log-probs from `score` as well. (In a later
+prompt an answer stands as text and gets its ids anew; lib/batching.pack notices if they differ.)
+
+Images are encoded in `_features`: while weights stay as they are (in a rollout, or with a frozen
+vision tower) once, for as long as lib/images.py remembers them; otherwise in every forward pass.
 
 Letters in comments: N prompts, B conversations, S answers, T tokens of the longest, A answer
 tokens in all, C the width of hidden states, V the vocabulary. Knows no environment.

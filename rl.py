@@ -2,8 +2,9 @@
 
     python rl.py CONFIG.yaml [key=value ...]
 
-Paper Sec. 3, App. B/C. An update in `main`: collect turns, advantages by `gae`, old and start
-log-probs, PPO epochs over minibatches, log, checkpoint.
+Paper Sec. 3, App. B/C. A stopped run goes on to the same numbers: a checkpoint has weights,
+optimiser, token counts and each open episode's seed and answers, which are replayed; random numbers
+follow from run.seed and the step; what was logged after the checkpoint is dropped (lib/runs.py).
 
 Deviations from the paper, each a YAML key: LoRA on a 4-bit base instead of full fine-tuning (so
 larger learning rates), a value head on detached features with its own learning rate, an optional KL
@@ -238,7 +239,6 @@ def main(arguments):
                                 envs[0].answer_key, start)
                 learned = update(policy, optimizer, batch, ppo, shuffler)
             optimizer.zero_grad()  # rollouts have a use for the memory
-
             cost = spent(policy, began)
             record = {"step": step + 1, **outcome(turns), **learned, **cost}
             run.log("metrics", record)

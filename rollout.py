@@ -2,6 +2,10 @@
 
 An environment owns its conversations and grades answers; the policy turns conversations into
 answers. Neither knows the other: this file joins them, for sft.py, rl.py and eval.py alike.
+
+The way of the verifier's text: after a wrong answer `step` returns an observation whose messages
+end with the answer and, as the user's next message, that text. `Play.answer_all` encodes the whole
+conversation by the model's chat template (lib/prompts.py), and the policy answers it.
 """
 import itertools
 from collections import Counter
