@@ -1,0 +1,188 @@
+"""What a computation would allocate: it runs on torch's meta device, without storage, and is counted.
+
+Numbers with a fraction have no values there. Integers (token ids, masks, positions, sizes of
+pictures) are few and decide what happens next: they are calculated for real, on the CPU.
+"""
+import weakref
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch.nn import functional
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered, counts the bytes of tensors that were made inside it and still live.
+
+    Args: weights: tensors that lie there and are not counted, nor are views of them.
+    Attributes: peaks, {moment: {moment of making: bytes}}: what lived when a moment was largest.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.storages = {w.untyped_storage()._cdata: None for w in weights}  # None: not counted
+        self.moment = "before"
+        self.start()
+
+    def start(self):
+        """Count anew: what lives now (gradients) lies there from now on."""
+        self.made = Counter()  # living bytes by the moment in which they were made
+        self.peaks = {}
+
+    @contextmanager
+    def during(self, moment):
+        """Names what happens inside, which may be a part of another moment."""
+        whole = self.moment
+        self.moment = moment
+        self._note_peak()
+        try:
+            yield
+        finally:
+            self.moment = whole
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(t.is_meta for t in _tensors(args, kwargs)):
+            result = self._without_values(function, args, kwargs)
+        else:
+            result = self._with_values(function, args, kwargs)
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not _on_host(tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _without_values(self, function, args, kwargs):
+        if function is aten._local_scalar_dense.default:
+            return 0.0
+        if function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if not all(t.is_meta for t in _tensors(args, kwargs)):
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        result = function(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and not result.is_floating_point():
+            return torch.zeros(result.shape, dtype=result.dtype)
+        return result
+
+    def _with_values(self, function, args, kwargs):
+        result = function(*args, **kwargs)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if result.is_meta and not result.is_floating_point():
+            return function(*args, **{**kwargs, "device": torch.device("cpu")})
+        return result.to("meta") if result.is_floating_point() else result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.storages:
+            return
+        size = storage.nbytes()
+        made, moment = self.made, self.moment
+
+        def forget(_):
+            self.storages.pop(key, None)
+            made[moment] -= size
+
+        reference = weakref.ref(storage, forget)
+        self.storages[key] = reference
+        made[moment] += size
+        self._note_peak()
+
+    def _note_peak(self):
+        highest = self.peaks.get(self.moment)
+        if highest is None or sum(highest.values()) < sum(self.made.values()):
+            self.peaks[self.moment] = dict(self.made)
+
+
+def _on_host(tensor):
+    return tensor.is_floating_point() and not tensor.is_meta
+
+
+def _tensors(args, kwargs):
+    """The tensors among the arguments of an operation, and in lists among them."""
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(item, torch.Tensor):
+                yield item
+
+
+# ---------------------------------------------------------------- what the meta device lacks
+@contextmanager
+def meta_kernels():
+    """Inside, attention is fused as on a CPU or GPU, where meta tensors would make whole matrices,
+    and autocast, which they do not have, casts the weights of linear layers."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _attention))
+        stack.enter_context(mock.patch.object(functional, "linear", _autocast_linear))
+        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        yield
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+               enable_gqa=False):
+    if attn_mask is not None and not attn_mask.is_floating_point():
+        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _Autocast:
+    """Remembers the casts of weights until it is left, as torch's own."""
+    casts = None
+
+    def __init__(self, device_type, dtype=None, enabled=True):
+        self.enabled = enabled
+
+    def __enter__(self):
+        self.outside = _Autocast.casts
+        _Autocast.casts = {} if self.enabled else None
+
+    def __exit__(self, *error):
+        _Autocast.casts = self.outside
+
+
+def _autocast_linear(x, weight, bias=None):
+    if weight.dtype != x.dtype:
+        casts = {} if _Autocast.casts is None else _Autocast.casts
+        if id(weight) not in casts:
+            casts[id(weight)] = weight.to(x.dtype)
+        weight = casts[id(weight)]
+    return linear(x, weight, bias)
+
+
+class Matmul4bit(torch.autograd.Function):
+    """As bitsandbytes': the dense weight lives during a matmul, forward and backward."""
+
+    @staticmethod
+    def forward(context, x, weight, bias):
+        context.weight = weight
+        dense, _ = _dequantised(weight)
+        return linear(x, dense, bias)
+
+    @staticmethod
+    def backward(context, gradient):
+        dense, _ = _dequantised(context.weight)
+        return gradient @ dense, None, None
+
+
+def _dequantised(weight):
+    """A weight out of 4 bits and its scales, which live as long."""
+    return torch.empty_like(weight), torch.empty(weight.numel() // 64, device=weight.device)
+
+
+def replace_4bit_matmuls(model):
+    """4-bit layers compute as in Matmul4bit; on the meta device their weights stand there dense."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.forward = partial(_forward_4bit, layer)
+
+
+def _forward_4bit(layer, x):
+    return Matmul4bit.apply(x, layer.weight, layer.bias)
