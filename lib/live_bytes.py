@@ -1,4 +1,4 @@
-"""What a computation would allocate: it runs on torch's meta device, without storage, and is counted.
+"""What a computation would allocate: it runs on the meta device, without storage, and is counted.
 
 Numbers with a fraction have no values there. Integers (token ids, masks, positions, sizes of
 pictures) are few and decide what happens next: they are calculated for real, on the CPU.
@@ -119,9 +119,10 @@ def meta_kernels():
     """Inside, attention is fused as on a CPU or GPU, where meta tensors would make whole matrices,
     and autocast, which they do not have, casts the weights of linear layers."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", _attention))
-        stack.enter_context(mock.patch.object(functional, "linear", _autocast_linear))
-        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        for module, name, stand_in in (
+                (functional, "scaled_dot_product_attention", _attention),
+                (functional, "linear", _autocast_linear), (torch, "autocast", _Autocast)):
+            stack.enter_context(mock.patch.object(module, name, stand_in))
         yield
 
 

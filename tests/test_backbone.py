@@ -303,7 +303,7 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
                 "model.answer_tokens=3"])[0]
     policy = policy_module.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
     assert 2 * policy.parameters == 21_340_441_670
-    planned, held = plan.budget(cfg)["weights"], Counter()
+    planned, held = plan.policy_of(cfg).weights, Counter()
     for name, parameter in policy.base.named_parameters():
         part = next((p for p in ("vision", "multi_modal_projector", "embed_tokens", "lm_head") if p in name), "language")
         held["LoRA" if "lora" in name else part] += stored(parameter)
