@@ -74,15 +74,16 @@ class MetaPolicy(Policy):
 
     def _prefill(self, prompts):
         width = max(len(prompt.ids) for prompt in prompts)
-        self.first_part = None
+        self.first_part, self.unread = None, len(prompts)
         with self.live.during(f"reading {len(prompts)} prompts of {width} tokens"):
             read = super()._prefill(prompts)
         self.first_states = self.first_part = None
         return read
 
     def _prefill_part(self, ids, mask, features):
-        """One part is read; the caches of further ones, if as large, are copies of its cache."""
-        if self.first_part is not None and ids.shape == self.first_part.mask.shape:
+        """The first and the last part are read; between them lie copies of the first's cache."""
+        self.unread -= len(ids)
+        if self.first_part is not None and self.unread:
             first = copy(self.first_part)
             first.cache, first.further = deepcopy(first.cache), dict(first.further)
             return self.first_states.clone(), first
