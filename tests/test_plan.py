@@ -205,7 +205,7 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
 
 
 @pytest.mark.parametrize("shape, rows, width, size, part, dominant", [
-    ("middle", 64, 100, None, 8, "sampling"), ("middle", 16, 100, None, 4, "reading"),
+    ("middle", 64, 100, None, 8, "reading"), ("middle", 16, 100, None, 4, "reading"),
     ("wide", 6, 60, SQUARE, 1, "reading"), ("wide", 6, 20, SQUARE, 3, "reading")])
 def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, shape, rows, width, size, part, dominant):
     """Beside the caches of all; pictures were seen before."""
