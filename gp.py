@@ -1,8 +1,9 @@
 """GeneralPoints: write a formula that makes 24 from four cards (paper Sec. 4.1, App. A).
 
-The environment deals a solvable hand, in words (GP-L) or as a picture (GP-VL), states the task and the rule for J, Q
-and K, and grades one whole answer per `step`. A wrong answer stays in the conversation together with the verifier's
-text and the model may try again, `verify_iters` times in all (sequential revision, Sec. 3).
+The environment deals a solvable hand, in words (GP-L) or as a picture (GP-VL), states the task and
+the rule for J, Q and K, and grades one whole answer per `step`. A wrong answer stays in the
+conversation together with the verifier's text, and the model may try again, `verify_iters` times
+in all (sequential revision, Sec. 3).
 
 Formulas are parsed and computed in exact fractions, never `eval`-ed: 8/(3-8/3) is 24.
 Rewards are README's decided table. No torch in this file.
@@ -11,107 +12,144 @@ import hashlib
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, combinations, combinations_with_replacement
+from itertools import accumulate, combinations, combinations_with_replacement, cycle, product
 from math import comb, factorial, prod
+from typing import NamedTuple
 
+from lib.checks import (check_settings, checked, choice, either, fields, flag, list_of, optional,
+                        whole)
 from scenery import cards
+from scenery.cards import RANKS
 
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+FACES = ("J", "Q", "K")
 RULES = {"ten": {"J": 10, "Q": 10, "K": 10}, "face": {"J": 11, "Q": 12, "K": 13}}
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal": -3.0}
 MISREAD = -1.5  # GP-VL: the answer's `cards` are not those in the picture
 EXHAUSTED = -1.0  # added to the last allowed answer when it fails too
-SUITS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"), "mixed": tuple(cards.SUITS)}
+SUIT_SETS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"),
+             "mixed": tuple(cards.SUITS)}
 UNSEEN_SHARE = 8  # one value multiset in eight never occurs in any training stage
 MAX_FORMULA = 64  # tokens; a formula that uses four cards once needs at most a third of that
 MAX_ANSWER = 10_000  # characters read of an answer
 
 
-# ---------------------------------------------------------------- solving: exact, memoised over sub-hands
-def _text(node):
-    """Formula of a node (op, plus, minus): the terms of a sum or the factors of a product."""
-    op, plus, minus = node
-    if op == "*":
-        return "*".join(plus) + "".join("/" + m for m in minus)
-    return "+".join(plus) + "".join("-" + m for m in minus)
+# ---------------------------------------------------------------- solving: exact, no search twice
+INVERSE = {"+": "-", "*": "/"}
 
 
-def _parts(node, op):
-    """A node as (plus, minus) of an enclosing `op`: flattened if it is the same operation, else one bracketed part."""
-    if node[0] == op:
-        return node[1], node[2]
-    return ((f"({_text(node)})" if op == "*" and node[0] == "+" else _text(node),), ())
+class Terms(NamedTuple):
+    """A formula as one flat sum or product: formulas equal up to order and brackets coincide.
+
+    8/(3-8/3) is Terms("*", ("8",), ("(3-8/3)",)); a lone number has the op "".
+    """
+    op: str  # "+": terms of a sum; "*": factors of a product
+    plus: tuple  # texts of what is added or multiplied, sorted
+    minus: tuple  # texts of what is subtracted or divided by, sorted
+
+    def text(self):
+        text = self.op.join(self.plus)
+        for part in self.minus:
+            text += INVERSE[self.op] + part
+        return text
+
+    def within(self, op):
+        """(plus, minus) as part of a sum or product: itself one of that kind, or a single text."""
+        if self.op == op:
+            return self.plus, self.minus
+        text = self.text()
+        if self.op == "+":
+            text = f"({text})"
+        return (text,), ()
 
 
-def _join(op, x, y, inverse=False):
-    """x+y, x-y, x*y or x/y as one flat node, so that formulas equal up to order and brackets coincide."""
-    (xp, xm), (yp, ym) = _parts(x, op), _parts(y, op)
-    if inverse:
-        yp, ym = ym, yp
-    return op, tuple(sorted(xp + yp)), tuple(sorted(xm + ym))
+# An operation is + - * / on numbers x and y, or r- and r/: y - x and y / x, as Python's __rsub__.
+def _results(x, y):
+    """{operation: its result} of two numbers."""
+    results = {"+": x + y, "-": x - y, "r-": y - x, "*": x * y}
+    if y:
+        results["/"] = x / y
+    if x:
+        results["r/"] = y / x
+    return results
+
+
+def _partners(x, target):
+    """{operation: the y with which it makes the target (not 0) of x}."""
+    partners = {"+": target - x, "-": x - target, "r-": target + x}
+    if x:
+        partners.update({"*": target / x, "/": x / target, "r/": target * x})
+    return partners
+
+
+def _join(x, operation, y):
+    """Terms of an operation on two Terms."""
+    if operation in ("r-", "r/"):
+        x, y = y, x
+    op = "+" if operation in ("+", "-", "r-") else "*"
+    plus, minus = x.within(op)
+    y_plus, y_minus = y.within(op)
+    if operation not in ("+", "*"):
+        y_plus, y_minus = y_minus, y_plus
+    return Terms(op, tuple(sorted(plus + y_plus)), tuple(sorted(minus + y_minus)))
 
 
 def _splits(values):
-    """Distinct ways to part a sorted tuple into two non-empty sub-multisets, each pair once."""
-    found = set()
+    """All pairs of non-empty tuples that share out a sorted tuple, the shorter first."""
+    splits = set()
     for size in range(1, len(values) // 2 + 1):
         for picked in combinations(range(len(values)), size):
-            a = tuple(values[i] for i in picked)
-            b = tuple(v for i, v in enumerate(values) if i not in picked)
-            found.add((a, b) if (len(a), a) <= (len(b), b) else (b, a))
-    return sorted(found)
+            first = tuple(values[i] for i in picked)
+            second = tuple(v for i, v in enumerate(values) if i not in picked)
+            if (second, first) not in splits:
+                splits.add((first, second))
+    return splits
 
 
 @lru_cache(maxsize=None)
 def _reach(values):
-    """{number: set of formula nodes} that the given one to three values can make, each used once."""
+    """{number: set of Terms} that one to three values can make, each used once."""
     if len(values) == 1:
-        return {Fraction(values[0]): {("", (str(values[0]),), ())}}
-    table = {}
-    for a, b in _splits(values):
-        for x, xs in _reach(a).items():
-            for y, ys in _reach(b).items():
-                for number, op, inverse, left, right in (
-                    (x + y, "+", False, xs, ys), (x - y, "+", True, xs, ys), (y - x, "+", True, ys, xs),
-                    (x * y, "*", False, xs, ys), (y and x / y, "*", True, xs, ys if y else ()),
-                    (x and y / x, "*", True, ys, xs if x else ())):
-                    nodes = table.setdefault(number, set()) if left and right else ()
-                    for l in left:
-                        for r in right:
-                            nodes.add(_join(op, l, r, inverse))
-    return table
+        return {Fraction(values[0]): {Terms("", (str(values[0]),), ())}}
+    made = defaultdict(set)
+    for first, second in _splits(values):
+        for (x, x_terms), (y, y_terms) in product(_reach(first).items(), _reach(second).items()):
+            for operation, result in _results(x, y).items():
+                for x_term, y_term in product(x_terms, y_terms):
+                    made[result].add(_join(x_term, operation, y_term))
+    return dict(made)
 
 
 @lru_cache(maxsize=None)
 def solutions(values, target=24):
-    """All formulas that make `target` from the sorted tuple `values`, shortest first; equal up to order = one.
+    """All formulas that make `target` of the sorted tuple `values`, the shortest first.
 
-    The last operation is solved for (given x, which y makes the target?) and looked up, not searched.
+    Formulas equal up to order and brackets count as one. The last operation is solved for (given x,
+    which y makes the target?) and y looked up, instead of trying all pairs.
     """
-    target, found = Fraction(target), set()
-    for a, b in _splits(tuple(values)):
-        others = _reach(b)
-        for x, xs in _reach(a).items():
-            wanted = [(target - x, "+", False, False), (x - target, "+", True, False), (target + x, "+", True, True)]
-            if x:
-                wanted += [(target / x, "*", False, False), (x / target, "*", True, False),
-                           (target * x, "*", True, True)]
-            for y, op, inverse, swap in wanted:
-                for r in others.get(y, ()):
-                    for l in xs:
-                        found.add(_text(_join(op, r, l, True) if swap else _join(op, l, r, inverse)))
-    return tuple(sorted(found, key=lambda f: (len(f), f)))
+    target = Fraction(target)
+    found = set()
+    for first, second in _splits(values):
+        y_reach = _reach(second)
+        for x, x_terms in _reach(first).items():
+            for operation, y in _partners(x, target).items():
+                for x_term, y_term in product(x_terms, y_reach.get(y, ())):
+                    found.add(_join(x_term, operation, y_term).text())
+    return tuple(sorted(sorted(found), key=len))
 
 
 def is_unseen(values):
-    """Whether a value multiset belongs to the share that no training stage may touch (by SHA-256, for ever)."""
-    return hashlib.sha256(f"gp|{tuple(sorted(values))}".encode()).digest()[0] % UNSEEN_SHARE == 0
+    """Whether a value multiset belongs to the share that no training stage may touch.
+
+    By SHA-256, the same for ever: trained checkpoints depend on it.
+    """
+    digest = hashlib.sha256(f"gp|{tuple(sorted(values))}".encode()).digest()
+    return digest[0] % UNSEEN_SHARE == 0
 
 
-# ---------------------------------------------------------------- reading and grading an answer
+# ---------------------------------------------------------------- computing a formula
 class FormulaError(ValueError):
     """The formula is illegal; the text says why and goes back to the model."""
 
@@ -121,7 +159,7 @@ def compute(formula):
 
     Args: formula, any string.
     Returns: (Fraction, list of the integers used, in order).
-    Raises: FormulaError for anything else, division by zero included. Work is bounded by MAX_FORMULA tokens.
+    Raises: FormulaError for anything else, division by zero included. MAX_FORMULA bounds the work.
     """
     bad = re.search(r"[^0-9+\-*/() ]", formula)
     if bad:
@@ -131,82 +169,105 @@ def compute(formula):
         raise FormulaError("the formula is too long")
     if not tokens:
         raise FormulaError("the formula is empty")
-    tokens.append("")  # end marker
-    (num, den), end = _sum(tokens, 0)
-    if tokens[end]:
-        raise FormulaError("the formula has an unbalanced bracket" if tokens[end] == ")"
-                           else "an operator is missing in the formula")
-    return Fraction(num, den), [int(t) for t in tokens if t.isdigit()]
+    rest = deque(tokens + [""])  # with an end marker
+    value = _sum(rest)
+    _expect("", rest)
+    return Fraction(value), [int(token) for token in tokens if token.isdigit()]
 
 
-def _sum(tokens, i):
-    (n, d), i = _product(tokens, i)
-    while tokens[i] in ("+", "-"):
-        sign = 1 if tokens[i] == "+" else -1
-        (n2, d2), i = _product(tokens, i + 1)
-        n, d = n * d2 + sign * n2 * d, d * d2
-    return (n, d), i
+# One function per level of precedence. Each takes its tokens from the front of `rest` and returns
+# their value, an int until a division makes a Fraction.
+def _sum(rest):
+    value = _product(rest)
+    while rest[0] in ("+", "-"):
+        if rest.popleft() == "+":
+            value += _product(rest)
+        else:
+            value -= _product(rest)
+    return value
 
 
-def _product(tokens, i):
-    (n, d), i = _factor(tokens, i)
-    while tokens[i] in ("*", "/"):
-        divide = tokens[i] == "/"
-        (n2, d2), i = _factor(tokens, i + 1)
-        if divide:
-            n2, d2 = d2, n2
-            if not d2:
+def _product(rest):
+    value = _factor(rest)
+    while rest[0] in ("*", "/"):
+        if rest.popleft() == "*":
+            value *= _factor(rest)
+        else:
+            divisor = _factor(rest)
+            if divisor == 0:
                 raise FormulaError("the formula divides by zero")
-        n, d = n * n2, d * d2
-    return (n, d), i
+            value = Fraction(value) / divisor
+    return value
 
 
-def _factor(tokens, i):
-    if tokens[i] == "(":
-        value, i = _sum(tokens, i + 1)
-        if tokens[i] != ")":
-            raise FormulaError("the formula has an unbalanced bracket" if not tokens[i]
-                               else "an operator is missing in the formula")
-        return value, i + 1
-    if tokens[i] == "-":  # a leading minus, as in -1+9
-        (n, d), i = _factor(tokens, i + 1)
-        return (-n, d), i
-    if tokens[i].isdigit():
-        return (int(tokens[i]), 1), i + 1
+def _factor(rest):
+    token = rest.popleft()
+    if token.isdigit():
+        return int(token)
+    if token == "-":  # a leading minus, as in -1+9
+        return -_factor(rest)
+    if token == "(":
+        value = _sum(rest)
+        _expect(")", rest)
+        rest.popleft()
+        return value
     raise FormulaError("a number is missing in the formula")
 
 
-_LIST = r"""["']%s["']\s*:\s*\[([^\]]*)\]"""
-_CARDS, _NUMBER = re.compile(_LIST % "cards"), re.compile(_LIST % "number")
-_FORMULA = re.compile(r"""["']formula["']\s*:\s*["']([^"']*)["']""")
+def _expect(token, rest):
+    """Raise what is wrong if a finished sum is not followed by this token."""
+    if rest[0] != token:
+        if rest[0] in ("", ")"):
+            raise FormulaError("the formula has an unbalanced bracket")
+        raise FormulaError("an operator is missing in the formula")
+
+
+# ---------------------------------------------------------------- reading and grading an answer
+CARDS = re.compile(r"""["']cards["']\s*:\s*\[([^\]]*)\]""")
+FORMULA = re.compile(r"""["']formula["']\s*:\s*["']([^"']*)["']""")
+
+
+class Answer(NamedTuple):
+    """What an answer says; None for what is not found in it."""
+    cards: list | None  # strings
+    formula: str | None
 
 
 def read_answer(text):
-    """`cards`, `number` and `formula` of an answer, as strings; None where absent.
+    """The Answer in a text of any kind.
 
-    Strict JSON first; otherwise the first `"cards": [...]` and so on found anywhere, which also reads trailing
-    commas, text around the object and single quotes. What follows `=` in the formula is dropped (official reader).
+    Strict JSON first; otherwise the first `"cards": [...]` and `"formula": "..."` found anywhere,
+    which also reads trailing commas, text around the object and single quotes. What follows `=` in
+    the formula is dropped, as the official reader does.
     """
     text = text[:MAX_ANSWER]
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         data = None
-    if isinstance(data, dict):
-        cards, number, formula = (data.get(k) for k in ("cards", "number", "formula"))
-        cards = [str(c) for c in cards] if isinstance(cards, list) else None
-        number = [str(n) for n in number] if isinstance(number, list) else None
-        formula = formula if isinstance(formula, str) else None
-    else:
-        cards, number, formula = (p.search(text) for p in (_CARDS, _NUMBER, _FORMULA))
-        cards, number = ([c.strip(" \"'\r\n\t") for c in m.group(1).rstrip(", \r\n\t").split(",")] if m else None
-                         for m in (cards, number))
-        formula = formula.group(1) if formula else None
-    return {"cards": cards, "number": number, "formula": None if formula is None else formula.split("=")[0].strip()}
+    if not isinstance(data, dict):
+        data = _search(text)
+    named, formula = data.get("cards"), data.get("formula")
+    named = [str(card) for card in named] if isinstance(named, list) else None
+    formula = formula.split("=")[0].strip() if isinstance(formula, str) else None
+    return Answer(named, formula)
+
+
+def _search(text):
+    """The same fields as of a JSON object, found in a text that is none."""
+    data = {}
+    match = CARDS.search(text)
+    if match:
+        items = match.group(1).rstrip(", \r\n\t").split(",")
+        data["cards"] = [item.strip(" \"'\r\n\t") for item in items]
+    match = FORMULA.search(text)
+    if match:
+        data["formula"] = match.group(1)
+    return data
 
 
 def grade(formula, values, target):
-    """Category (a key of REWARDS) of a formula for the sorted `values` on the table, and what is wrong with it."""
+    """Category (a key of REWARDS) of a formula for the sorted list `values`, and what is wrong."""
     if formula is None:
         return "illegal", 'no "formula" was found in the answer'
     try:
@@ -214,219 +275,264 @@ def grade(formula, values, target):
     except FormulaError as error:
         return "illegal", str(error)
     if sorted(used) != values:
-        used, table = Counter(used), Counter(values)
-        for number in used:
-            if number not in table:
-                return "wrong_numbers", f"the number {number} is not on the table"
-        for number in table:
-            if used[number] < table[number]:
-                return "wrong_numbers", f"the number {number} is not used" if not used[number] \
-                    else f"the number {number} is used too rarely"
-        number = next(n for n in used if used[n] > table[n])
-        return "wrong_numbers", f"the number {number} is used too often"
+        return "wrong_numbers", _misuse(Counter(used), Counter(values))
     if result != target:
         return "wrong_value", f"the formula equals {result} instead of {target}"
     return "correct", ""
 
 
-# ---------------------------------------------------------------- the environment
-PROMPT = """\
-You are playing the {target} points game. You see four cards. Write a formula that uses the number of each card \
-exactly once, with + - * / and brackets, and equals {target}.
-'A' counts as 1, 'J' counts as {J}, 'Q' counts as {Q}, 'K' counts as {K}.
-Answer with JSON only: {{"cards": [the four cards], "number": [their numbers], "formula": "an equation that equals \
-{target}"}}
-Cards: {cards}"""
-PICTURE = "in the picture."  # stands for {cards} in GP-VL
-MISREAD_REASON = 'the "cards" in the answer are not the cards in the picture'
-RETRY = "You failed this trial: {reason}. Try again."
+def _misuse(used, table):
+    """The first thing wrong with the numbers of a formula, as two Counters that differ."""
+    for number in used:
+        if number not in table:
+            return f"the number {number} is not on the table"
+    for number in table:
+        if number not in used:
+            return f"the number {number} is not used"
+        if used[number] < table[number]:
+            return f"the number {number} is used too rarely"
+    number = next(number for number in used if used[number] > table[number])
+    return f"the number {number} is used too often"
 
 
+# ---------------------------------------------------------------- dealing
 @lru_cache(maxsize=64)
-def _deals(numbers, target, split, replacement, require_face):
-    """Solvable rank multisets that may be dealt, with cumulative weights proportional to the deck's odds.
+def _hands(numbers, target, split, replacement, require_face):
+    """Hands that may be dealt, each four of RANKS in that order, and the odds of each.
 
     Args: numbers, the value of each of RANKS under the rule; the rest as in GeneralPoints.
     """
-    hands, weights = [], []
-    for hand in combinations_with_replacement(range(len(RANKS)), 4):
-        values = tuple(sorted(numbers[r] for r in hand))
-        if require_face and hand[-1] < RANKS.index("J"):
+    hands = []
+    odds = []
+    number = dict(zip(RANKS, numbers))
+    for hand in combinations_with_replacement(RANKS, 4):
+        values = tuple(sorted(number[rank] for rank in hand))
+        if require_face and hand[-1] not in FACES:
             continue
         if split != "all" and is_unseen(values) != (split == "unseen"):
             continue
         if solutions(values, target):
-            counts = Counter(hand).values()
-            weights.append(factorial(4) // prod(map(factorial, counts)) if replacement
-                           else prod(comb(4, k) for k in counts))
-            hands.append([RANKS[r] for r in hand])
-    return hands, list(accumulate(weights))
+            hands.append(list(hand))
+            odds.append(_odds(hand, replacement))
+    return hands, odds
 
 
-def _check(ok, message):
-    if not ok:
-        raise ValueError(message)
+def _odds(hand, replacement):
+    """How many ordered draws with replacement, or hands of one deck, show these ranks."""
+    counts = Counter(hand).values()
+    if replacement:
+        return factorial(4) // prod(map(factorial, counts))
+    return prod(comb(4, count) for count in counts)
+
+
+# ---------------------------------------------------------------- the environment
+PROMPT = """\
+You are playing the {target} points game. You see four cards. \
+Write a formula that uses the number of each card exactly once, with + - * / and brackets, \
+and equals {target}.
+'A' counts as 1, 'J' counts as {J}, 'Q' counts as {Q}, 'K' counts as {K}.
+Answer with JSON only: {{"cards": [the four cards], "number": [their numbers], \
+"formula": "an equation that equals {target}"}}
+Cards: {cards}"""
+PICTURE = "in the picture."  # stands for {cards} in GP-VL
+MISREAD_REASON = 'the "cards" in the answer are not the cards in the picture'
+NO_CARDS_REASON = 'no "cards" were found in the answer'
+RETRY = "You failed this trial: {reason}. Try again."
 
 
 class GeneralPoints:
-    """One table of four cards with Gymnasium's `reset` and `step` (no dependency on it).
+    """One table of four cards, with the interface of environments that rollout.py describes.
 
     Args:
-        rule: "ten" (J = Q = K = 10, trained on), "face" (11, 12, 13: rule OOD) or a mapping {"J": .., "Q": .., "K": ..}.
+        rule: "ten" (J = Q = K = 10, trained on), "face" (11, 12, 13: rule OOD) or a mapping
+            {"J": .., "Q": .., "K": ..}.
         target: positive integer to make.
         split: "train" (no unseen value multiset), "unseen" (only those) or "all".
         replacement: deal with replacement (official code) or from one 52-card deck (paper).
         require_face: only hands with at least one J, Q or K (the paper's OOD hands).
         expert: "canonical" (one formula per value multiset) or "varied" (any).
         image_size: None for GP-L; [width, height] in pixels of the picture for GP-VL.
-        suits: "black" (trained on), "red" (visual OOD) or "mixed"; no influence on which ranks are dealt.
-        jitter: GP-VL: cards lie shifted, scaled, turned and in another order than the expert names them.
-        recognition: GP-VL, `cards` misread: "gate", -1.5 in place of the grading (official code), or "additive",
-            the grading - 1.5 (the paper's wording).
+        suits: "black" (trained on), "red" (visual OOD) or "mixed"; no influence on the ranks.
+        jitter: GP-VL: cards lie shifted, scaled, turned and in another order than the expert names.
+        recognition: GP-VL, `cards` misread: "gate", -1.5 in place of the grading (official code),
+            or "additive", the grading - 1.5 (the paper's wording).
         verify_iters: answers allowed per hand (paper: 5).
-    Attributes: reports: what an evaluation shows, (name, title, columns: metrics of rollout.counts); references: names
-        of the policies that `reference` answers for: in GP-VL the likeliest cards, named without looking.
     Raises: ValueError naming the argument and what it accepts; also when no hand is left to deal.
     """
 
-    answer_key = '"formula"'  # tokens before it may weigh less in the PPO ratio (paper's code: 0.5)
+    SETTINGS = {
+        "rule": either(choice(*RULES), fields({face: whole(1, 99) for face in FACES})),
+        "target": whole(1, 10_000),
+        "split": choice("train", "unseen", "all"),
+        "replacement": flag,
+        "require_face": flag,
+        "expert": choice("canonical", "varied"),
+        "image_size": optional(list_of(whole(), length=2)),
+        "suits": choice(*SUIT_SETS),
+        "jitter": flag,
+        "recognition": choice("gate", "additive"),
+    }
+    answer_key = '"formula"'
 
     def __init__(self, rule="ten", target=24, split="train", replacement=False, require_face=False,
-                 expert="canonical", image_size=None, suits="black", jitter=False, recognition="gate", verify_iters=5):
-        if isinstance(rule, str):
-            _check(rule in RULES, f"rule: {rule!r} is none of {', '.join(RULES)} or a mapping such as {{J: 11, Q: 12, K: 13}}")
-            rule = RULES[rule]
-        _check(isinstance(rule, dict) and set(rule) == {"J", "Q", "K"}
-               and all(type(v) is int and 1 <= v <= 99 for v in rule.values()),
-               f"rule: {rule!r} must give J, Q and K a whole number from 1 to 99 each")
-        _check(type(target) is int and 1 <= target <= 10_000, f"target: {target!r} is not a whole number from 1 to 10000")
-        _check(split in ("train", "unseen", "all"), f"split: {split!r} is none of train, unseen, all")
-        _check(expert in ("canonical", "varied"), f"expert: {expert!r} is none of canonical, varied")
-        _check(suits in tuple(SUITS), f"suits: {suits!r} is none of {', '.join(SUITS)}")
-        _check(recognition in ("gate", "additive"), f"recognition: {recognition!r} is none of gate, additive")
-        for name, value in (("replacement", replacement), ("require_face", require_face), ("jitter", jitter)):
-            _check(isinstance(value, bool), f"{name}: {value!r} is neither true nor false")
-        _check(type(verify_iters) is int and 1 <= verify_iters <= 100,
-               f"verify_iters: {verify_iters!r} is not a whole number from 1 to 100")
-        self.rule, self.target, self.expert_kind, self.verify_iters = rule, target, expert, verify_iters
-        self.image_size, self.suits, self.jitter, self.recognition = image_size, suits, jitter, recognition
+                 expert="canonical", image_size=None, suits="black", jitter=False,
+                 recognition="gate", verify_iters=5):
+        settings = dict(
+            rule=rule, target=target, split=split, replacement=replacement,
+            require_face=require_face, expert=expert, image_size=image_size, suits=suits,
+            jitter=jitter, recognition=recognition)
+        check_settings(settings, self.SETTINGS)
+        self.verify_iters = checked("verify_iters", verify_iters, whole(1, 100))
+        self.rule = RULES[rule] if isinstance(rule, str) else rule
+        self.target = target
+        self.expert_kind = expert
+        self.image_size = image_size
+        self.suits = suits
+        self.jitter = jitter
+        self.recognition = recognition
         if image_size is not None:
-            _check(isinstance(image_size, list) and len(image_size) == 2 and all(type(x) is int for x in image_size),
-                   f"image_size: {image_size!r} is neither null nor [width, height] in pixels")
-            try:
-                cards.draw_table([("A", "spades")] * 4, *image_size, jitter=random.Random(0) if jitter else None)
-            except ValueError as error:
-                raise ValueError(f"image_size: {error}") from None
+            self._check_image_size()
+        self.number = {rank: value for value, rank in enumerate(RANKS, start=1)} | self.rule
+        numbers = tuple(self.number.values())
+        self._hands, self._odds = _hands(numbers, target, split, replacement, require_face)
+        if not self._hands:
+            raise ValueError(
+                f"target: no solvable hand makes {target} with split {split}, rule {self.rule}")
+        self._cumulative_odds = list(accumulate(self._odds))
+        self._prompt = PROMPT.format(target=target, cards="{cards}", **self.rule)
         self.done = True  # nothing to answer before reset
-        self.number = {rank: rule.get(rank, i + 1) for i, rank in enumerate(RANKS)}
-        self._hands, self._weights = _deals(tuple(self.number[r] for r in RANKS), target, split, replacement,
-                                            require_face)
-        _check(self._hands, f"no solvable hand makes {target} with split {split}, rule {rule}")
-        self._prompt = PROMPT.format(target=target, cards="{cards}", **rule)
-        self.reports = [("success", f"success % on the first attempt / within {verify_iters} attempts", ("first", "solved"))]
+
+        title = f"success % on the first attempt / within {verify_iters} attempts"
+        self.reports = [("success", title, ("first", "solved"))]
         self.references = ()
         if image_size is not None:
-            self.reports.append(("recognition", "recognition %, all cards read right in the first answer", ("recognized",)))
-            self.references = ("likeliest cards",)
+            title = "recognition %, all cards read right in the first answer"
+            self.reports.append(("recognition", title, ("recognized",)))
+            self.references = ("likeliest cards",)  # named without looking at the picture
+
+    def _check_image_size(self):
+        jitter = random.Random(0) if self.jitter else None
+        try:
+            cards.draw_table([("A", "spades")] * 4, *self.image_size, jitter=jitter)
+        except ValueError as error:
+            raise ValueError(f"image_size: {error}") from None
 
     def reset(self, seed, progress=0.0):
-        """Deal the hand that `seed` determines: the same ranks with and without picture, in all suits.
+        """Deal the hand that `seed` determines: the same ranks in words, pictures and all suits.
 
-        Args: progress: in [0, 1), where in the episode to start; a hand has one position only.
-
-        Returns: (obs, info); obs = {"messages": chat turns, "image": PIL image or None}. With an image, the first
-        message's content is the list [image, text] that chat templates know.
+        Args: progress has no effect here: a hand has one position only.
+        Returns: (obs, info); info = {cluster: the value multiset}.
         """
         self.rng = random.Random(seed)
-        hand = self.rng.choices(self._hands, cum_weights=self._weights)[0]
+        hand = self.rng.choices(self._hands, cum_weights=self._cumulative_odds)[0]
         self.cards = self.rng.sample(hand, 4)
-        self.values = sorted(self.number[c] for c in self.cards)
-        self.attempt, self.done = 0, False
-        prompt = self._prompt.replace("{cards}", PICTURE if self.image_size else json.dumps(self.cards))
+        self.values = sorted(self.number[card] for card in self.cards)
+        self.attempt = 0
+        self.done = False
         if self.image_size:
             self.image = self._picture(random.Random(f"picture {seed}"))
-            prompt = [{"type": "image"}, {"type": "text", "text": prompt}]
+            text = self._prompt.replace("{cards}", PICTURE)
+            prompt = [{"type": "image"}, {"type": "text", "text": text}]
+        else:
+            self.image = None
+            prompt = self._prompt.replace("{cards}", json.dumps(self.cards))
         self.messages = [{"role": "user", "content": prompt}]
         return self._obs(), {"cluster": str(self.values)}
 
     def _picture(self, rng):
         """The table as an image; cards of one rank differ in suit as long as there are suits."""
-        suits = {rank: rng.sample(SUITS[self.suits], len(SUITS[self.suits])) for rank in RANKS}
-        table = [(rank, suits[rank][self.cards[:i].count(rank) % len(suits[rank])])
-                 for i, rank in enumerate(self.cards)]
+        allowed = SUIT_SETS[self.suits]
+        suits = {rank: cycle(rng.sample(allowed, len(allowed))) for rank in RANKS}
+        table = [(rank, next(suits[rank])) for rank in self.cards]
         if self.jitter:
             rng.shuffle(table)
         return cards.draw_table(table, *self.image_size, jitter=rng if self.jitter else None)
 
     def _obs(self):
-        return {"messages": list(self.messages), "image": self.image if self.image_size else None}
+        return {"messages": list(self.messages), "image": self.image}
 
     def step(self, answer):
-        """Grade one whole answer.
+        """Grade one whole answer, of any text.
 
-        Returns: (obs, reward in the paper's points, terminated = solved, truncated = attempts exhausted, info) with
-        info = {category, correct: this answer was right, recognized: `cards` match the table as a multiset, action: None
-        (the expert's action has one type), attempt: 1.., feedback, cluster}. Category: a key of REWARDS or, gated,
-        "misread". The verifier's text never says which cards there are.
-        Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
+        Returns: (obs, reward in the paper's points, terminated, truncated, info) as in rollout.py;
+        info's category is a key of REWARDS or, gated, "misread"; recognized: `cards` match the
+        table as a multiset; action is None: the expert's has one type. The verifier's text never
+        says which cards lie in a picture.
+        Raises: RuntimeError if the episode is over.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset(seed)")
         self.attempt += 1
         read = read_answer(answer)
-        category, reason = grade(read["formula"], self.values, self.target)
-        reward, recognized = REWARDS[category], sorted(read["cards"] or ()) == sorted(self.cards)
-        if self.image_size and not recognized:
-            if self.recognition == "additive":
-                reward += MISREAD
-            elif read["cards"] is not None:
-                category, reward = "misread", MISREAD
-            else:
-                category, reward = "illegal", REWARDS["illegal"]
-            reason = MISREAD_REASON if read["cards"] is not None else 'no "cards" were found in the answer'
+        recognized = sorted(read.cards or ()) == sorted(self.cards)
+        category, reward, reason = self._grade(read, recognized)
         terminated = category == "correct"
         truncated = not terminated and self.attempt == self.verify_iters
         self.done = terminated or truncated
-        feedback = "" if terminated else RETRY.format(reason=reason)
+        if truncated:
+            reward += EXHAUSTED
+
         self.messages.append({"role": "assistant", "content": answer})
-        if feedback:
+        feedback = ""
+        if not terminated:
+            feedback = RETRY.format(reason=reason)
             self.messages.append({"role": "user", "content": feedback})
-        info = {"category": category, "correct": terminated, "recognized": recognized, "action": None,
-                "attempt": self.attempt, "feedback": feedback, "cluster": str(self.values)}
-        return self._obs(), reward + truncated * EXHAUSTED, terminated, truncated, info
+        info = {"category": category, "correct": terminated, "recognized": recognized,
+                "action": None, "attempt": self.attempt, "feedback": feedback,
+                "cluster": str(self.values)}
+        return self._obs(), reward, terminated, truncated, info
+
+    def _grade(self, read, recognized):
+        """Category and reward of an Answer, and the reason to give for it."""
+        category, reason = grade(read.formula, self.values, self.target)
+        if recognized or not self.image_size:
+            return category, REWARDS[category], reason
+        reason = NO_CARDS_REASON if read.cards is None else MISREAD_REASON
+        if self.recognition == "additive":
+            return category, REWARDS[category] + MISREAD, reason
+        if read.cards is None:
+            return "illegal", REWARDS["illegal"], reason
+        return "misread", MISREAD, reason
 
     def answer(self, formula, hand=None):
         """The JSON answer for this table, or another hand of cards, with the given formula."""
         hand = hand or self.cards
-        return json.dumps({"cards": hand, "number": [self.number[c] for c in hand], "formula": formula})
+        numbers = [self.number[card] for card in hand]
+        return json.dumps({"cards": hand, "number": numbers, "formula": formula})
 
     def reference(self, name):
-        """The answer of a reference policy: the first of the hands dealt most often, and a formula that solves it."""
-        _check(name in self.references, f"reference: {name!r} is none of {', '.join(self.references) or 'none'}")
-        odds = [b - a for a, b in zip([0, *self._weights], self._weights)]
-        hand = self._hands[odds.index(max(odds))]
-        known = solutions(tuple(sorted(self.number[c] for c in hand)), self.target)
-        return self.answer(f"{known[0]}={self.target}", hand)
+        """The first of the hands dealt most often, and a formula that solves it."""
+        if name not in self.references:
+            known = ", ".join(self.references) or "none"
+            raise ValueError(f"reference: {name!r} is none of {known}")
+        hand = self._hands[self._odds.index(max(self._odds))]
+        values = sorted(self.number[card] for card in hand)
+        formula = solutions(tuple(values), self.target)[0]
+        return self.answer(f"{formula}={self.target}", hand)
 
     def expert(self):
-        """An answer that earns the full reward here: the canonical formula, or any of the known ones."""
+        """The canonical (first) formula for this table, or any of the known ones."""
         known = solutions(tuple(self.values), self.target)
         formula = known[0] if self.expert_kind == "canonical" else self.rng.choice(known)
         return self.answer(f"{formula}={self.target}")
 
     def mistake(self):
-        """A plausible answer that fails here: right numbers and a wrong value, or a card forgotten or used twice."""
+        """Right numbers and a wrong value, or a card forgotten or used twice."""
         while True:
-            numbers = self.rng.sample(self.values, 4)
-            slip = self.rng.random()
-            if slip < 0.2:
-                numbers.pop()
-            elif slip < 0.4:
-                numbers[0] = self.rng.choice(numbers[1:])
-            formula = str(numbers[0])
-            for n in numbers[1:]:
-                if not formula.isdigit() and self.rng.random() < 0.3:
-                    formula = f"({formula})"
-                formula += self.rng.choice("+-*") + str(n)
+            formula = self._random_formula()
             if grade(formula, self.values, self.target)[0] != "correct":
                 return self.answer(f"{formula}={self.target}")
+
+    def _random_formula(self):
+        numbers = self.rng.sample(self.values, 4)
+        slip = self.rng.random()
+        if slip < 0.2:
+            numbers.pop()
+        elif slip < 0.4:
+            numbers[0] = self.rng.choice(numbers[1:])
+        formula = str(numbers[0])
+        for number in numbers[1:]:
+            if not formula.isdigit() and self.rng.random() < 0.3:
+                formula = f"({formula})"
+            formula += self.rng.choice("+-*") + str(number)
+        return formula

@@ -1,43 +1,116 @@
-"""Where the policy meets the environments: make_env, play (batched episodes), evaluate; reference policies."""
-import inspect
+"""Where the policy meets the environments: their interface, episodes side by side, evaluation.
+
+An environment owns its conversations and grades answers; the policy turns conversations into
+answers. Neither knows the other: this file joins them, for sft.py, rl.py and eval.py alike.
+"""
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
 import gp
 import virl
 from lib.batching import Sequence
-from lib.settings import UserError, nearest
+from lib.checks import nearest
+from lib.settings import UserError
 
-ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}
+ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}  # by env.name in the YAML
 EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
 
 
-def make_env(settings, verify_iters, **changes):
-    """The environment that the YAML's `env` section names, with `changes` of an evaluation variant.
+# ---------------------------------------------------------------- the interface of an environment
+class Environment(Protocol):
+    """What an environment provides; a line in ENVIRONMENTS adds it. It need not inherit from this.
 
+    An episode is one problem: one or several positions, each of which takes up to `verify_iters`
+    answers. A right answer moves on to the next position (and may empty the conversation); a wrong
+    one stays in the conversation, followed by the verifier's text. The seed given to `reset` and
+    the answers given to `step` determine all that is observed: a continued run replays its answers.
+
+    An observation is {"messages": chat turns, "image": PIL image or None}:
+        messages: [{"role": "user" or "assistant", "content": text}, ..], the user's last; a list
+            that later steps leave as it is. With an image, the first content is
+            [{"type": "image"}, {"type": "text", "text": text}].
+        image: one object as long as the conversation goes on, so that it is encoded once. Either
+            all observations of an environment have one or none has.
+
+    Attributes:
+        SETTINGS: {name: check of lib/checks.py} of what the YAML's `env` section may set beside
+            `name`: the constructor's keyword arguments, with defaults; it checks them by
+            check_settings. `split` is one of them: its values are the keys of eval.splits.
+            eval.variants may change each of them.
+        answer_key: a text in every answer, such as '"formula"': tokens before the one that
+            completes it weigh ppo.prefix_weight in the PPO ratio. "": all weigh 1.
+        reports: [(name, title, metrics), ..], the tables of an evaluation; metrics are those of
+            `counts`. The last metric of the first report is the one drawn over compute.
+        references: names of policies without a model that eval.py shows below the arms, or ().
+    """
+    SETTINGS: ClassVar[dict]
+    answer_key: str
+    reports: list
+    references: tuple
+
+    def __init__(self, verify_iters, **settings):
+        """Raises: ValueError that starts with the setting's name, for one out of range."""
+
+    def reset(self, seed, progress=0.0):
+        """Start the episode of a seed, `progress` in [0, 1) of the way along its positions.
+
+        Returns: (observation, info).
+        """
+
+    def step(self, answer):
+        """Grade one whole answer. Never raises for a text, whatever it holds.
+
+        Returns: (observation, reward in the paper's points, terminated: the episode is solved,
+        truncated: attempts are exhausted, info = {
+            category: name of the grade, whose shares rl.py logs,
+            correct: this answer was right,
+            recognized: it reports the right observation (cards, landmarks), whatever its action,
+            action: type of the right action here, for accuracies "first_<action>", or None,
+            attempt: 1.. at this position,
+            feedback: the verifier's text, "" after a right answer,
+            cluster: text; episodes that share it are resampled together, as not independent}).
+        """
+
+    def expert(self):
+        """An answer that earns the full reward here: what SFT learns."""
+
+    def mistake(self):
+        """A plausible wrong answer here, for SFT after mistakes (sft.mistakes)."""
+
+    def reference(self, name):
+        """The answer here of the reference policy `name`, one of `references`."""
+
+
+def make_env(settings, verify_iters, **changes):
+    """The environment that the YAML's `env` section names, with an evaluation variant's `changes`.
+
+    Args: settings: the `env` section; verify_iters: answers allowed per position.
     Raises: UserError for an unknown environment, an unknown setting or one out of range.
     """
     settings = {**settings, **changes}
     name = settings.pop("name", None)
     if not isinstance(name, str) or name not in ENVIRONMENTS:
         raise UserError(f"env.name: {name!r} is none of {', '.join(ENVIRONMENTS)}")
-    known = [p for p in inspect.signature(ENVIRONMENTS[name]).parameters if p != "verify_iters"]
+    environment = ENVIRONMENTS[name]
+    known = environment.SETTINGS
     for key in settings:
         if key not in known:
-            raise UserError(f"unknown key env.{key}{nearest(str(key), known)}")
+            raise UserError(f"unknown key env.{key}{nearest(key, known)}")
     try:
-        return ENVIRONMENTS[name](**settings, verify_iters=verify_iters)
+        return environment(**settings, verify_iters=verify_iters)
     except ValueError as error:
         raise UserError(f"env.{error}") from None
 
 
+# ---------------------------------------------------------------- episodes, side by side
 @dataclass
 class Turn:
-    """One step of the MDP: a whole answer v_out to a whole conversation v_in, and what the verifier made of it."""
-    slot: int  # which of the tables played side by side
+    """One step of the MDP: a whole answer v_out to a whole conversation v_in, and its grade."""
+    slot: int  # which of the environments played side by side
     prompt: Sequence  # v_in: ids, and the image if there is one
     answer: list  # ids of v_out, (A,)
     logprobs: torch.Tensor  # (A,) under the sampling distribution
@@ -46,126 +119,224 @@ class Turn:
     reward: float  # in the paper's points
     done: bool  # solved or out of attempts
     solved: bool
-    info: dict  # the environment's: category, correct, recognized, action, attempt, feedback, cluster
+    info: dict  # the environment's: see Environment.step
     seed: int  # of the episode
 
 
+@dataclass
+class Episode:
+    """One under way."""
+    seed: int
+    observation: dict  # to be answered next
+    answers: list  # texts given so far
+
+
 class Play:
-    """N episodes side by side, in lock-step; a finished one is replaced by the next seed's.
+    """N environments side by side, in lock-step; after an episode's end comes the next seed's.
 
     Args: envs: N environments; seeds: iterator of episode seeds, endless for training.
+    Attributes: episodes: N Episodes, None where the seeds have run out.
     """
 
     def __init__(self, envs, seeds):
-        self.envs, self.seeds = envs, seeds
-        self.episodes = [None] * len(envs)  # per table [seed, observation, answers so far]; None = closed
+        self.envs = envs
+        self.seeds = seeds
+        self.episodes = [None] * len(envs)
         for slot in range(len(envs)):
-            self._deal(slot)
+            self._begin(slot)
 
-    def _deal(self, slot):
+    def _begin(self, slot):
+        """The next seed's episode, if there is a next seed."""
         seed = next(self.seeds, None)
         self.episodes[slot] = None
         if seed is not None:
-            obs, _ = self.envs[slot].reset(seed)
-            self.episodes[slot] = [seed, obs, []]
+            observation, _ = self.envs[slot].reset(seed)
+            self.episodes[slot] = Episode(seed, observation, [])
 
     def turn(self, policy, temperature, generator):
-        """Every open table answers once. Returns: list of Turns, in the order of the tables."""
-        slots = [s for s, episode in enumerate(self.episodes) if episode]
-        prompts = policy.encode([self.episodes[s][1] for s in slots])
+        """Every environment that has an episode gets one answer.
+
+        Returns: list of Turns, in the order of the environments.
+        """
+        slots = [slot for slot, episode in enumerate(self.episodes) if episode is not None]
+        prompts = policy.encode([self.episodes[slot].observation for slot in slots])
+        answers = policy.sample(prompts, temperature, generator)
         turns = []
-        for slot, prompt, answer in zip(slots, prompts, policy.sample(prompts, temperature, generator)):
-            seed, _, answers = self.episodes[slot]
-            text = policy.decode(answer.ids)
-            obs, reward, terminated, truncated, info = self.envs[slot].step(text)
-            turns.append(Turn(slot, prompt, answer.ids, answer.logprobs, answer.value, text, reward,
-                              terminated or truncated, terminated, info, seed))
-            self.episodes[slot] = [seed, obs, answers + [text]]
-            if terminated or truncated:
-                self._deal(slot)
+        for slot, prompt, answer in zip(slots, prompts, answers):
+            turns.append(self._step(slot, prompt, answer, policy.decode(answer.ids)))
         return turns
 
-    def waiting(self):
-        """Tables whose episode is under way: at least one answer given, not yet ended."""
-        return [slot for slot, episode in enumerate(self.episodes) if episode and episode[2]]
+    def _step(self, slot, prompt, answer, text):
+        """One environment's answer graded. Returns: its Turn."""
+        episode = self.episodes[slot]
+        observation, reward, terminated, truncated, info = self.envs[slot].step(text)
+        done = terminated or truncated
+        turn = Turn(slot, prompt, answer.ids, answer.logprobs, answer.value, text, reward, done,
+                    terminated, info, episode.seed)
+        episode.observation = observation
+        episode.answers.append(text)
+        if done:
+            self._begin(slot)
+        return turn
+
+    def unfinished(self):
+        """Slots whose episode is under way: at least one answer given, not yet ended."""
+        open_slots = [slot for slot, episode in enumerate(self.episodes) if episode is not None]
+        return [slot for slot in open_slots if self.episodes[slot].answers]
+
+    def last_values(self, policy):
+        """(N,) V(s_T) of the episodes under way; 0 where a new one begins: gae ignores it there."""
+        values = torch.zeros(len(self.envs))
+        slots = self.unfinished()
+        if slots:
+            prompts = policy.encode([self.episodes[slot].observation for slot in slots])
+            values[slots] = policy.values(prompts)
+        return values
 
     def state(self):
-        """What resumes these tables: the next seed, and per table its seed and the answers so far."""
+        """What resumes this: the next seed, and of each episode its seed and answers so far."""
         self.seeds, peek = itertools.tee(self.seeds)
-        return {"next": next(peek), "tables": [(seed, list(answers)) for seed, _, answers in self.episodes]}
+        episodes = [(episode.seed, list(episode.answers)) for episode in self.episodes]
+        return {"next": next(peek), "episodes": episodes}
 
     def restore(self, state):
         """Replay the answers of a saved state; everything else follows from the seeds."""
         self.seeds = itertools.count(state["next"])
-        for slot, (seed, answers) in enumerate(state["tables"]):
-            obs, _ = self.envs[slot].reset(seed)
+        for slot, (seed, answers) in enumerate(state["episodes"]):
+            observation, _ = self.envs[slot].reset(seed)
             for answer in answers:
-                obs, *_ = self.envs[slot].step(answer)
-            self.episodes[slot] = [seed, obs, list(answers)]
+                observation, *_ = self.envs[slot].step(answer)
+            self.episodes[slot] = Episode(seed, observation, list(answers))
 
 
+def training_seeds(run_seed):
+    """Endless episode seeds of one training run, disjoint between run seeds and from evaluation."""
+    return itertools.count(run_seed * 2**24)
+
+
+# ---------------------------------------------------------------- a rollout for PPO
+@dataclass
+class Rollout:
+    """T turns of N environments; nothing is missing, since each environment answers every time."""
+    turns: list  # T * N Turns, time first
+    rewards: torch.Tensor  # (T, N) in the paper's points
+    values: torch.Tensor  # (T, N) V(s_t)
+    dones: torch.Tensor  # (T, N) bool, the turn ended its episode
+    last_values: torch.Tensor  # (N,) V(s_T), for the episodes that go on
+
+
+def collect(policy, play, turns, temperature, generator, progress):
+    """`turns` answers of each of N environments; `progress` is a tqdm bar. Returns: Rollout."""
+    played = []
+    with policy.inference():
+        for _ in range(turns):
+            played += play.turn(policy, temperature, generator)
+            progress.set_description(f"rollout {len(played)}")
+        last_values = play.last_values(policy)
+    shape = (turns, len(play.envs))  # (T, N)
+    rewards = torch.tensor([turn.reward for turn in played], dtype=torch.float32).view(shape)
+    values = torch.tensor([turn.value for turn in played], dtype=torch.float32).view(shape)
+    dones = torch.tensor([turn.done for turn in played], dtype=torch.bool).view(shape)
+    return Rollout(played, rewards, values, dones, last_values)
+
+
+def outcome(turns):
+    """What the verifier saw in a rollout: see rl.py's glossary. None where nothing was counted."""
+    ended = [turn.solved for turn in turns if turn.done]
+    first_attempts = [turn.info for turn in turns if turn.info["attempt"] == 1]
+    categories = Counter(turn.info["category"] for turn in turns)
+    return {"reward": _mean([turn.reward for turn in turns]),
+            "success": _mean(ended),
+            "first_attempt": _mean([info["correct"] for info in first_attempts]),
+            "per_step": _mean([turn.info["correct"] for turn in turns]),
+            "recognition": _mean([info["recognized"] for info in first_attempts]),
+            "answers": {name: round(n / len(turns), 4) for name, n in categories.most_common()}}
+
+
+def transcript(turn):
+    """One turn as rl.py's transcripts show it."""
+    return {"seed": turn.seed, "attempt": turn.info["attempt"], "answer": turn.text,
+            "reward": turn.reward, "verifier": turn.info["feedback"]}
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
+
+
+# ---------------------------------------------------------------- evaluation
 def counts(infos, solved):
-    """What one episode adds to each metric, as (right, of); a metric is the ratio of the sums over episodes.
+    """What one episode adds to each metric, as (right, of): a metric is the ratio of their sums.
 
     Args: infos: the environment's info of every answer, in order; solved: whether the episode was.
-    Returns: {"solved": (0 or 1, 1), "per_step": (right answers, answers), "first": (right first attempts, first
-    attempts: one per position), "recognized": (first attempts that report the right observation, first attempts)} and
-    for each action type of the expert that occurs "first_<action>", as "first" at its positions.
+    Returns: {metric: (right, of)} of
+        solved: (0 or 1, 1),
+        per_step: (right answers, answers),
+        first: (right first attempts, first attempts); each position has one first attempt,
+        recognized: (first attempts that report the right observation, first attempts),
+        first_<action>: as first, at the positions where the expert's action is of that type.
     Source: paper C.3 (success; per-step accuracy).
     """
     right, of = Counter(solved=int(solved)), Counter(solved=1)
     for info in infos:
-        names = {"per_step": info["correct"]}
+        asked = {"per_step": info["correct"]}
         if info["attempt"] == 1:
-            names.update(first=info["correct"], recognized=info["recognized"])
+            asked["first"] = info["correct"]
+            asked["recognized"] = info["recognized"]
             if info["action"] is not None:
-                names[f"first_{info['action']}"] = info["correct"]
-        right.update(names)
-        of.update(list(names))
-    return {name: (right[name], of[name]) for name in of}
+                asked[f"first_{info['action']}"] = info["correct"]
+        right.update(asked)
+        of.update(asked.keys())
+    return {metric: (right[metric], of[metric]) for metric in of}
 
 
 def evaluation_seeds(seed, n):
     """The seeds of the n episodes that every arm and every reference policy plays."""
-    return range(EVAL_SEEDS + seed * 1_000_000, EVAL_SEEDS + seed * 1_000_000 + n)
+    first = EVAL_SEEDS + seed * 1_000_000
+    return range(first, first + n)
 
 
-def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None, **changes):
-    """Play n episodes to their end; they depend on (settings, changes, seed) alone, so arms are paired.
+def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None,
+             **changes):
+    """Play n episodes to their end; (settings, changes, seed) alone choose them: arms are paired.
 
-    Returns: list of n records {seed, cluster, counts: see there, turns: list of Turns}, in the order of the seeds.
+    Args:
+        settings, verify_iters, changes: as of make_env.
+        batch_size: environments side by side. temperature: 0 = greedy.
+        progress: a tqdm bar of episodes, or None.
+    Returns: n records {seed, cluster, counts: see there, turns: list of Turns}, ordered by seed.
     Source: paper Sec. 4, C.3.
     """
     envs = [make_env(settings, verify_iters, **changes) for _ in range(min(batch_size, n))]
     play = Play(envs, iter(evaluation_seeds(seed, n)))
     generator = torch.Generator(policy.device).manual_seed(seed)
-    episodes = {}
+    episodes = {}  # seed: its Turns
     with policy.inference():
         while any(play.episodes):
             for turn in play.turn(policy, temperature, generator):
                 episodes.setdefault(turn.seed, []).append(turn)
                 if turn.done and progress is not None:
                     progress.update()
-    return [{"seed": s, "cluster": turns[0].info["cluster"], "turns": turns,
-             "counts": counts([t.info for t in turns], turns[-1].solved)} for s, turns in sorted(episodes.items())]
+    records = []
+    for episode, turns in sorted(episodes.items()):
+        counted = counts([turn.info for turn in turns], turns[-1].solved)
+        records.append({"seed": episode, "cluster": turns[0].info["cluster"],
+                        "turns": turns, "counts": counted})
+    return records
 
 
 def play_reference(settings, name, n, seed, verify_iters, **changes):
-    """The same n episodes, answered by the environment's reference policy `name` (one of env.references).
+    """The same n episodes, answered by the reference policy `name`, one of env.references.
 
     Returns: records as of `evaluate`, without turns.
     """
-    env, records = make_env(settings, verify_iters, **changes), []
+    env = make_env(settings, verify_iters, **changes)
+    records = []
     for episode in evaluation_seeds(seed, n):
         env.reset(episode)
         infos, solved, truncated = [], False, False
         while not (solved or truncated):
             _, _, solved, truncated, info = env.step(env.reference(name))
             infos.append(info)
-        records.append({"seed": episode, "cluster": infos[0]["cluster"], "counts": counts(infos, solved)})
+        records.append({"seed": episode, "cluster": infos[0]["cluster"],
+                        "counts": counts(infos, solved)})
     return records
-
-
-def training_seeds(run_seed):
-    """Endless episode seeds of one training run, disjoint between run seeds and from evaluation."""
-    return itertools.count(run_seed * 2**24)

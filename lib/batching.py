@@ -1,67 +1,103 @@
-"""Conversations as token ids, packed into few forward passes. Knows neither model nor environment."""
+"""Conversations as token ids, packed into few forward passes. Knows no model, no environment."""
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass
 class Sequence:
-    """Token ids of one conversation, the image they speak of, and the half-open spans [start, end) of answers to score."""
+    """Token ids of one conversation, its image, and the half-open spans [start, end) to score."""
     ids: list
-    spans: list
+    spans: list  # of the answers
     image: object = None  # PIL image or None
 
     def answered(self, answer):
         """This conversation and one more answer (ids)."""
-        return replace(self, ids=self.ids + answer, spans=[*self.spans, (len(self.ids), len(self.ids) + len(answer))])
+        start = len(self.ids)
+        span = (start, start + len(answer))
+        return replace(self, ids=self.ids + answer, spans=[*self.spans, span])
+
+
+class Packed(NamedTuple):
+    """A conversation that holds several turns of a rollout, and which ones."""
+    sequence: Sequence
+    turns: list  # index of each span's turn in the rollout
 
 
 def pack(turns):
-    """Join (prompt, answer ids) of successive turns into as few Sequences as possible; a prompt is a Sequence.
+    """Join (prompt, answer ids) of successive turns into as few Sequences as possible.
 
-    A turn whose prompt extends the previous prompt + answer shares its Sequence, so that a conversation is read, and its
-    image looked at, once.
-    Returns: list of (Sequence, indices of its turns). Order is kept.
+    A prompt is a Sequence without spans. A turn whose prompt extends the previous prompt + answer
+    shares its Sequence, so that a conversation and its image are read once.
+    Returns: list of Packed, in the order of the turns.
     """
     packed = []
     for index, (prompt, answer) in enumerate(turns):
-        before, members = packed[-1] if packed else (None, [])
-        if before and prompt.image is before.image and prompt.ids[:len(before.ids)] == before.ids:
-            packed[-1] = replace(prompt, spans=before.spans).answered(answer), [*members, index]
+        if packed and _extends(prompt, packed[-1].sequence):
+            before = packed.pop()
+            prompt = replace(prompt, spans=before.sequence.spans)
+            packed.append(Packed(prompt.answered(answer), [*before.turns, index]))
         else:
-            packed.append((prompt.answered(answer), [index]))
+            packed.append(Packed(prompt.answered(answer), [index]))
     return packed
 
 
+def _extends(prompt, sequence):
+    """Whether the prompt starts with the sequence and speaks of the same image."""
+    same_image = prompt.image is sequence.image
+    return same_image and prompt.ids[:len(sequence.ids)] == sequence.ids
+
+
+def sequences_of(turns, slots):
+    """Pack a rollout, environment by environment.
+
+    Args: turns: list of Turns, each environment's in time order; slots: number of environments.
+    Returns: list of Packed.
+    """
+    packed = []
+    for slot in range(slots):
+        own = [index for index, turn in enumerate(turns) if turn.slot == slot]
+        for sequence, members in pack([(turns[i].prompt, turns[i].answer) for i in own]):
+            packed.append(Packed(sequence, [own[member] for member in members]))
+    return packed
+
+
+def turns_of(packed):
+    """Indices of the turns that Packed conversations hold, in the order that scoring keeps."""
+    return [index for conversation in packed for index in conversation.turns]
+
+
 def micro_batches(items, max_tokens):
-    """Groups of (Sequence, ...) items of like length whose padded size is at most max_tokens (or one item each)."""
+    """Group items of like length, of at most max_tokens padded tokens a group (or one item each).
+
+    Args: items: tuples whose first member is a Sequence.
+    Returns: list of lists of items.
+    """
     groups = []
-    for item in sorted(items, key=lambda item: len(item[0].ids)):  # ascending: the newest item sets the width
-        if groups and (len(groups[-1]) + 1) * len(item[0].ids) <= max_tokens:
+    for item in sorted(items, key=_length):  # ascending: the newest item sets the width
+        if groups and (len(groups[-1]) + 1) * _length(item) <= max_tokens:
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
 
 
-def sequences_of(turns, slots):
-    """Conversations in the fewest passes: [(Sequence, turn indices)], turns of a table in time order."""
-    packed = []
-    for slot in range(slots):
-        mine = [i for i, t in enumerate(turns) if t.slot == slot]
-        packed += [(s, [mine[m] for m in members]) for s, members in pack([(turns[i].prompt, turns[i].answer)
-                                                                           for i in mine])]
-    return packed
+def _length(item):
+    return len(item[0].ids)
 
 
 def minibatches(packed, turns):
-    """Successive groups of packed conversations with at least `turns` turns each; a small rest joins the last."""
-    groups, count = [[]], 0
-    for item in packed:
-        if count >= turns:
-            groups.append([])
-            count = 0
-        groups[-1].append(item)
-        count += len(item[1])
-    if len(groups) > 1 and 2 * count < turns:
-        rest = groups.pop()
+    """Successive groups of Packed conversations, each of at least `turns` turns.
+
+    What is left at the end is a group if it has half of that, else it joins the last group.
+    """
+    groups, rest = [], []
+    for conversation in packed:
+        rest.append(conversation)
+        if len(turns_of(rest)) >= turns:
+            groups.append(rest)
+            rest = []
+    if groups and 2 * len(turns_of(rest)) < turns:
         groups[-1] += rest
+    else:
+        groups.append(rest)
     return groups

@@ -1,7 +1,8 @@
-"""One language for what a setting accepts, spoken by the schema of the YAML and by the environments' own settings.
+"""One language for what a setting accepts, spoken by the YAML's schema and by the environments.
 
-A check is a function of a value that returns it, in the type that is wanted, or raises a ValueError whose text reads on
-from the setting's name: "ppo.clip: 'x' is not a number". No torch in this file.
+A check is a function of a value. It returns the value in the type that is wanted, or raises a
+ValueError whose text reads on from the setting's name: "'x' is not a number". `checked` puts the
+name in front: "ppo.clip: 'x' is not a number". No torch in this file.
 """
 import difflib
 
@@ -14,12 +15,11 @@ def nearest(name, names):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _between(value, low, high):
-    if not low <= value <= high:
-        raise ValueError(f"{value} is not between {low} and {high}")
-    return value
+class NamedError(ValueError):
+    """A ValueError whose text starts with the name of the wrong setting."""
 
 
+# ---------------------------------------------------------------- checks of one value
 def whole(low=-INF, high=INF):
     """A whole number from low to high."""
     def check(value):
@@ -32,14 +32,20 @@ def whole(low=-INF, high=INF):
 def number(low=-INF, high=INF):
     """A number from low to high, as a float. YAML reads 1e-6 as text: that counts, too."""
     def check(value):
-        try:
-            converted = float(value) if isinstance(value, (int, float, str)) else None
-        except (ValueError, OverflowError):
-            converted = None
-        if converted is None or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(f"{value!r} is not a number")
+        try:
+            converted = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{value!r} is not a number") from None
         return _between(converted, low, high)
     return check
+
+
+def _between(value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{value} is not between {low} and {high}")
+    return value
 
 
 def _instance(kind, name):
@@ -64,9 +70,12 @@ def choice(*names):
     return check
 
 
+# ---------------------------------------------------------------- checks made of others
 def optional(accepts):
     """null, or what `accepts` does."""
-    return lambda value: None if value is None else accepts(value)
+    def check(value):
+        return None if value is None else accepts(value)
+    return check
 
 
 def list_of(accepts, length=None):
@@ -81,23 +90,60 @@ def list_of(accepts, length=None):
 
 
 def mapping_of(accepts):
-    """Free names, each with a value that `accepts` takes; a name is added to what is wrong with its value."""
+    """Free names, each with a value that `accepts` takes."""
     def check(value):
-        return {str(name): checked(name, item, accepts) for name, item in mapping(value).items()}
+        items = mapping(value).items()
+        return {str(name): checked(name, item, accepts) for name, item in items}
     return check
 
 
+# ---------------------------------------------------------------- settings with names
 def checked(name, value, accepts):
-    """accepts(value). Raises: ValueError that starts with the setting's name."""
+    """The value of one setting as `accepts` returns it.
+
+    Raises: NamedError that starts with the setting's name; names within names are joined by a dot.
+    """
     try:
         return accepts(value)
+    except NamedError as error:
+        raise NamedError(f"{name}.{error}") from None
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise NamedError(f"{name}: {error}") from None
 
 
 def check_settings(settings, schema, prefix=""):
-    """All settings checked against {name: check}. Raises: ValueError for one that is unknown or wrong."""
+    """All settings checked against {name: check}, in the schema's order; any may be absent.
+
+    Raises: ValueError for one that is unknown (with the nearest valid name) or wrong.
+    """
     for name in settings:
         if name not in schema:
             raise ValueError(f"unknown key {prefix}{name}{nearest(name, schema)}")
-    return {name: checked(f"{prefix}{name}", value, schema[name]) for name, value in settings.items()}
+    clean = {}
+    for name, accepts in schema.items():
+        if name in settings:
+            clean[name] = checked(f"{prefix}{name}", settings[name], accepts)
+    return clean
+
+
+def either(*checks):
+    """What one of the checks accepts, tried in order."""
+    def check(value):
+        errors = []
+        for accepts in checks:
+            try:
+                return accepts(value)
+            except ValueError as error:
+                errors.append(str(error))
+        raise ValueError(" and ".join(errors))
+    return check
+
+
+def fields(schema):
+    """A mapping with exactly the keys of {name: check}."""
+    def check(value):
+        for name in schema:
+            if name not in mapping(value):
+                raise ValueError(f"{value!r} has no {name}")
+        return check_settings(value, schema)
+    return check

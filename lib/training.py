@@ -1,24 +1,57 @@
-"""What sft.py and rl.py share: schedules, trainer state on disk, peak memory."""
+"""What sft.py and rl.py need beside the method: schedules, checkpoints, logs, PPO's tensors."""
 import math
 import pickle
+import random
 import resource
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from lib.batching import micro_batches, turns_of
 from lib.settings import UserError, one_line
 
 
+# ---------------------------------------------------------------- schedules and random numbers
 def learning_rate(step, steps, peak, schedule, warmup=0):
-    """Learning rate of a step: linear warm-up over `warmup` steps, then constant or cosine to 1e-9."""
+    """Linear warm-up over `warmup` steps, then constant at `peak`, or cosine from there to 1e-9."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    return 1e-9 + 0.5 * (peak - 1e-9) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    angle = math.pi * (step - warmup) / max(1, steps - warmup)
+    return 1e-9 + 0.5 * (peak - 1e-9) * (1 + math.cos(angle))
 
 
+def set_learning_rates(optimizer, peaks, step, steps, schedule, warmup=0):
+    """The learning rate of each parameter group, from its peak."""
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["lr"] = learning_rate(step, steps, peak, schedule, warmup)
+
+
+def seeded(device, *names):
+    """A generator that follows from the names alone: no state to save, tied to a device."""
+    return torch.Generator(device).manual_seed(random.Random(str(names)).getrandbits(63))
+
+
+def clipped_step(policy, optimizer, max_norm, loss, problem):
+    """An optimiser step with the gradient's norm clipped to max_norm. Returns: the norm before.
+
+    Raises: UserError with `problem` if the loss (a number) or the norm is not finite; the weights
+        are then as they were.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), max_norm).item()
+    if not math.isfinite(loss + norm):
+        raise UserError(f"{problem} (the last checkpoint is intact)")
+    optimizer.step()
+    return norm
+
+
+# ---------------------------------------------------------------- checkpoints
 def save_state(folder, state):
-    """Optimiser, RNG and environment state of a checkpoint, in a form that `weights_only` loads."""
+    """Optimiser and environment state of a checkpoint, in a form that `weights_only` loads."""
     torch.save(state, folder / "trainer.pt")
 
 
@@ -30,8 +63,149 @@ def load_state(folder):
         raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
 
 
+def save_checkpoint(folder, policy, optimizer, **more):
+    """Everything that a stopped run needs again; `more` is the script's own plain data."""
+    policy.save(folder)
+    save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
+                        "gflops": policy.flops() / 1e9, **more})
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Take over what `save_checkpoint` wrote. Returns: the state, with the script's own data."""
+    state = load_state(folder)
+    policy.load(folder)
+    optimizer.load_state_dict(state["optimizer"])
+    policy.tokens = state["tokens"]
+    return state
+
+
+# ---------------------------------------------------------------- what is logged
 def peak_memory(device):
     """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def spent(policy, began):
+    """Tokens and GFLOPs of a run so far, seconds since `began` (time.time()), peak memory."""
+    return {"tokens": dict(policy.tokens), "gflops": policy.flops() / 1e9,
+            "seconds": time.time() - began, "peak_memory_gib": peak_memory(policy.device)}
+
+
+def ppo_statistics(batch, steps):
+    """The statistics of one PPO update, see rl.py's glossary.
+
+    Args: batch: a Batch; steps: the sums of each optimiser step (rl.optimizer_step), in order.
+    """
+    total = Counter()
+    for step in steps:
+        total.update(step)
+    turns = total["turns"]
+    return {"kl_old": total["kl_old"] / turns,
+            "kl_start": total["kl_start"] / turns,
+            "clip_fraction": total["clipped"] / total["ratios"],
+            "entropy": total["entropy"] / turns,
+            "explained_variance": explained_variance(batch.returns, batch.values),
+            "value_loss": total["value_loss"] / turns,
+            "ratio_gap": steps[0]["ratio_gap"] / steps[0]["turns"],
+            "sampler_gap": sampler_gap(batch),
+            "grad_norm": total["grad_norm"] / len(steps)}
+
+
+def explained_variance(returns, values):
+    """Share of the returns' variance that the values (S,) explain: 1 all, 0 as a constant would."""
+    rest = (returns - values).var(correction=0)
+    return float(1 - rest / (returns.var(correction=0) + 1e-8))
+
+
+def sampler_gap(batch):
+    """Mean |ratio - 1| between the old log-probs and those that were sampled from."""
+    gaps = []
+    for weights, old, sampled in zip(batch.weights, batch.old, batch.sampled):
+        gaps.append((weights * (old - sampled)).sum().exp() - 1)
+    return torch.stack(gaps).abs().mean().item()
+
+
+# ---------------------------------------------------------------- PPO's tensors
+class Size(NamedTuple):
+    """Of a minibatch."""
+    turns: int
+    tokens: int  # of all their answers
+
+
+class Targets(NamedTuple):
+    """What is known of S turns with A answer tokens in all before the update: see rl.ppo_loss."""
+    old: torch.Tensor  # (A,)
+    weights: torch.Tensor  # (A,)
+    advantages: torch.Tensor  # (S,)
+    returns: torch.Tensor  # (S,)
+    start: torch.Tensor = None  # (A,)
+
+
+@dataclass
+class Batch:
+    """A rollout as PPO learns from it: S turns; the answer of turn i has A_i tokens."""
+    turns: list  # S Turns
+    packed: list  # Packed conversations that hold them
+    advantages: torch.Tensor  # (S,)
+    returns: torch.Tensor  # (S,)
+    weights: list  # S x (A_i,) of the tokens' log-probs in the ratio of their turn
+    old: list = None  # S x (A_i,) log-probs before the update
+    start: list = None  # S x (A_i,) log-probs under the start policy, None without a KL penalty
+
+    @property
+    def sampled(self):
+        """S x (A_i,) log-probs under the distributions that the tokens were drawn from."""
+        return [turn.logprobs for turn in self.turns]
+
+    @property
+    def values(self):
+        """(S,) V(s) when the turns were sampled."""
+        return torch.tensor([turn.value for turn in self.turns])
+
+    def size(self, packed):
+        """The Size of a minibatch of Packed conversations."""
+        lengths = [len(self.turns[index].answer) for index in turns_of(packed)]
+        return Size(turns=len(lengths), tokens=sum(lengths))
+
+    def targets(self, packed, device):
+        """The Targets of Packed conversations, in the order of their turns, on the device."""
+        members = turns_of(packed)  # S indices
+        joined = {}  # (A,) each
+        for name in ("old", "start", "weights"):
+            answers = getattr(self, name)
+            if answers is not None:
+                joined[name] = torch.cat([answers[index] for index in members]).to(device)
+        return Targets(advantages=self.advantages[members].to(device),
+                       returns=self.returns[members].to(device), **joined)
+
+
+def token_weights(policy, turn, key, weight):
+    """(A,) weights of an answer's log-probs in the ratio of its turn.
+
+    Tokens before the one that completes `key` weigh `weight` (paper's code: 0.5), the others 1.
+    """
+    weights = torch.ones(len(turn.answer))
+    if weight == 1:
+        return weights
+    for i in range(len(turn.answer)):
+        if key in policy.decode(turn.answer[:i + 1]):
+            break
+        weights[i] = weight
+    return weights
+
+
+@torch.no_grad()
+def answer_logprobs(policy, packed, micro_tokens, temperature):
+    """Log-probs of every turn's answer, computed as in the update.
+
+    Args: packed: list of Packed that hold S turns, 0..S-1.
+    Returns: list of S tensors (A_i,), on the CPU.
+    """
+    found = {}
+    for group in micro_batches(packed, micro_tokens):
+        scored = policy.score([conversation.sequence for conversation in group], temperature)
+        for position, index in enumerate(turns_of(group)):
+            found[index] = scored["logprobs"][scored["turn"] == position].cpu()
+    return [found[index] for index in range(len(found))]

@@ -1,60 +1,68 @@
-"""Make the mini backbone: a Llama-3.2-Vision-shaped model of under 2 M parameters, trained from scratch on a laptop.
+"""Make the mini backbone: Llama-3.2-Vision's shape, under 2 M parameters, trained from scratch.
 
     python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
-    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model that is there
+    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model there is
 
-The backbone stands in for pre-training: it has met every rule in general form, and conversations in which imperfect
-authors try, are corrected, and often just say the same thing again (corpus_gp.py, corpus_virl.py). It never meets a value
-multiset or a route of the `unseen` splits. What it knows and how well is in mini/README.md.
+The backbone stands in for pre-training: it has met every rule in general form, and conversations in
+which imperfect authors try, are corrected, and often just say the same thing again (corpus_gp.py,
+corpus_virl.py). It never meets a value multiset or a route of the `unseen` splits. What it knows
+and how well is in mini/README.md.
 """
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import (MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessor, MllamaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessor,
+                          MllamaProcessor, PreTrainedTokenizerFast)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SPECIAL = {"bos": "<|begin_of_text|>", "user": "<|user|>", "assistant": "<|assistant|>", "eos": "<|end|>",
-           "image": "<|image|>", "pad": "<|pad|>"}
+SPECIAL = {"bos": "<|begin_of_text|>", "user": "<|user|>", "assistant": "<|assistant|>",
+           "eos": "<|end|>", "image": "<|image|>", "pad": "<|pad|>"}
 TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 {% if message['role'] == 'user' %}<|user|>{% else %}<|assistant|>{% endif %}\
 {% if message['content'] is string %}{{ message['content'] }}\
 {% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}\
+{% if part['type'] == 'image' %}<|image|>{% else %}{{ part['text'] }}{% endif %}\
+{% endfor %}{% endif %}\
 {% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}\
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
 
 
-# ---------------------------------------------------------------- tokenizer: bytes, plus whole phrases as one token
+# ---------------------------------------------------------------- the model
 def build_processor(image_size, phrases):
-    """Byte-level tokenizer with phrase tokens, chat template and image processor, saved like any other model's."""
+    """Tokenizer (bytes, and whole phrases as one token), chat template and image processor."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     tokenizer.add_tokens([AddedToken(p, normalized=False, special=False) for p in phrases])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL["bos"], eos_token=SPECIAL["eos"],
-                                   pad_token=SPECIAL["pad"], chat_template=TEMPLATE,
-                                   additional_special_tokens=[SPECIAL[k] for k in ("user", "assistant", "image")])
-    images = MllamaImageProcessor(size={"height": image_size, "width": image_size}, max_image_tiles=1)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=TEMPLATE,
+        bos_token=SPECIAL["bos"], eos_token=SPECIAL["eos"], pad_token=SPECIAL["pad"],
+        additional_special_tokens=[SPECIAL["user"], SPECIAL["assistant"], SPECIAL["image"]])
+    size = {"height": image_size, "width": image_size}
+    images = MllamaImageProcessor(size=size, max_image_tiles=1)
     return MllamaProcessor(images, fast, chat_template=TEMPLATE)
 
 
 def build_model(shape, tokenizer):
-    """A MllamaForConditionalGeneration with the YAML's text and vision shape; cross-attention gates open (1)."""
-    vocab = -(-len(tokenizer) // 32) * 32
-    text = dict(shape["text"], vocab_size=vocab, pad_token_id=tokenizer.pad_token_id,
+    """A MllamaForConditionalGeneration of the recipe's shape, cross-attention gates open (1)."""
+    vocab_size = math.ceil(len(tokenizer) / 32) * 32
+    text = dict(shape["text"], vocab_size=vocab_size, pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    image_token = tokenizer.convert_tokens_to_ids(SPECIAL["image"])
     config = MllamaConfig(text_config=text, vision_config=shape["vision"],
-                          image_token_index=tokenizer.convert_tokens_to_ids(SPECIAL["image"]))
+                          image_token_index=image_token)
     model = MllamaForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if name.endswith("_gate") and "vision" not in name:
@@ -63,159 +71,209 @@ def build_model(shape, tokenizer):
 
 
 # ---------------------------------------------------------------- documents
-def batches(corpus, tokenizer, tokens, loss_after):
-    """Endless (input_ids, attention_mask, labels) of about `tokens` tokens; documents of like length together."""
+class Document(NamedTuple):
+    """Token ids of a text; in the second stage the image and the classes that the probe learns."""
+    ids: list
+    image: object = None
+    probe: list = None
+
+
+class Batch(NamedTuple):
+    """Right-padded texts, (B, T) each; images and (B, slots) classes in the second stage alone."""
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    pixels: dict = None
+    probe: torch.Tensor = None
+
+
+def text_batches(corpus, tokenizer, tokens, loss_after):
+    """Endless Batches of about `tokens` tokens; documents of like length together."""
     while True:
-        found = [corpus.document() for _ in range(2048)]
-        texts = [SPECIAL["bos"] + d + SPECIAL["eos"] if isinstance(d, str) else render(d) for d in found]
-        documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        documents.sort(key=len)
-        chunks, chunk = [], []
-        for ids in documents:
-            if chunk and (len(chunk) + 1) * len(ids) > tokens:
-                chunks.append(chunk)
-                chunk = []
-            chunk.append(ids)
+        texts = [render(corpus.document()) for _ in range(2048)]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        documents = [Document(ids) for ids in sorted(encoded, key=len)]
+        chunks = chunks_of(documents, tokens)
         corpus.rng.shuffle(chunks)
         for chunk in chunks:
             yield collate(chunk, tokenizer, loss_after)
 
 
-def render(messages):
-    """The chat template without Jinja, 50 times faster; a test holds the two equal."""
+def image_batches(corpus, processor, tokens):
+    """Endless Batches of conversations about images, of about `tokens` text tokens."""
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    while True:
+        found = [corpus.conversation() for _ in range(256)]
+        texts = [render(conversation["messages"]) for conversation in found]
+        documents = []
+        encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for ids, conversation in zip(encoded, found):
+            documents.append(Document(ids, conversation["image"], conversation["probe"]))
+        corpus.rng.shuffle(documents)
+        documents.sort(key=lambda document: len(document.ids) // 40)
+        chunks = chunks_of(documents, tokens)
+        corpus.rng.shuffle(chunks)
+        for chunk in chunks:
+            images = [[document.image] for document in chunk]
+            pixels = processor.image_processor(images, return_tensors="pt")
+            yield collate(chunk, processor.tokenizer)._replace(
+                pixels={name: pixels[name] for name in names},
+                probe=torch.tensor([document.probe for document in chunk]))
+
+
+def chunks_of(documents, tokens):
+    """Successive documents in lists whose padded size is at most `tokens`."""
+    chunks, width = [[]], 0
+    for document in documents:
+        width = max(width, len(document.ids))
+        if chunks[-1] and (len(chunks[-1]) + 1) * width > tokens:
+            chunks.append([])
+            width = len(document.ids)
+        chunks[-1].append(document)
+    return chunks[:-1]  # the last, which is seldom full, is left out
+
+
+def render(document):
+    """A bare text, or messages as the chat template has them (a test holds the two equal).
+
+    50 times faster than Jinja.
+    """
+    if isinstance(document, str):
+        return SPECIAL["bos"] + document + SPECIAL["eos"]
     text = SPECIAL["bos"]
-    for m in messages:
-        user, content = m["role"] == "user", m["content"]
+    for message in document:
+        content = message["content"]
         if isinstance(content, list):
             content = "".join(part.get("text", SPECIAL["image"]) for part in content)
-        text += (SPECIAL["user"] if user else SPECIAL["assistant"]) + content + ("" if user else SPECIAL["eos"])
+        text += SPECIAL[message["role"]] + content
+        if message["role"] == "assistant":
+            text += SPECIAL["eos"]
     return text
 
 
 def collate(documents, tokenizer, loss_after=SPECIAL["assistant"]):
-    """Right-padded batch; what follows the first token `loss_after` carries loss (before it, much is mere chance)."""
+    """A Batch. What follows the first token `loss_after` carries loss: much before it is chance."""
     marker = tokenizer.convert_tokens_to_ids(loss_after)
-    width = max(map(len, documents))
+    width = max(len(document.ids) for document in documents)
     ids = torch.full((len(documents), width), tokenizer.pad_token_id)
     labels = torch.full((len(documents), width), -100)
     for row, document in enumerate(documents):
-        start = document.index(marker) + 1 if marker in document else 1
-        ids[row, :len(document)] = torch.tensor(document)
-        labels[row, start:len(document)] = torch.tensor(document[start:])
-    return ids, (ids != tokenizer.pad_token_id).long(), labels
+        text = torch.tensor(document.ids)
+        start = document.ids.index(marker) + 1 if marker in document.ids else 1
+        ids[row, :len(text)] = text
+        labels[row, start:len(text)] = text[start:]
+    return Batch(ids, (ids != tokenizer.pad_token_id).long(), labels)
 
 
 # ---------------------------------------------------------------- training
 def optimizers(model, train):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, output layer and vectors; trainable ones alone."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    body = [p for n, p in named if p.ndim == 2 and "layers" in n]
-    ids = {id(p) for p in body}
-    rest = [p for _, p in named if id(p) not in ids]
-    return [torch.optim.Muon(body, lr=train["lr_muon"], weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=train["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0)]
+    """Muon for the matrices inside the blocks, AdamW for what else is trained."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim == 2 and "layers" in name:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    return [torch.optim.Muon(matrices, lr=train["lr_muon"], weight_decay=0.0),
+            torch.optim.AdamW(others, lr=train["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def fit(model, opts, stream, step, train):
-    """Train until train["tokens"] text tokens are read. step(batch) -> loss; batches start with (ids, mask).
+def schedule(seen, train):
+    """The factor of all learning rates: short warm-up, constant, linear decay to 0."""
+    share = seen / train["tokens"]
+    return min(1.0, (1 - share) / train["decay"], 0.05 + seen / train["warmup_tokens"])
 
-    Returns: figures of the run.
+
+def fit(model, opts, stream, loss_of, train):
+    """Train until train["tokens"] text tokens are read. Returns: figures of the run.
+
+    Args: opts: optimisers; stream: Batches; loss_of: Batch -> scalar loss.
     """
-    base = [[g["lr"] for g in o.param_groups] for o in opts]
-    seen, losses, start = 0, [], time.time()
+    groups = [group for optimizer in opts for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    seen, losses = 0, []
+    start = time.time()
     bar = tqdm(total=train["tokens"], unit="tok", unit_scale=True)
     while seen < train["tokens"]:
         batch = next(stream)
-        share = seen / train["tokens"]
-        factor = min(1.0, (1 - share) / train["decay"], 0.05 + seen / train["warmup_tokens"])
-        for o, rates in zip(opts, base):
-            for group, rate in zip(o.param_groups, rates):
-                group["lr"] = rate * factor
-        loss = step(batch)
+        factor = schedule(seen, train)
+        for group, peak in zip(groups, peaks):
+            group["lr"] = peak * factor
+        loss = loss_of(batch)
         loss.backward()
-        for o in opts:
-            o.step()
-            o.zero_grad()
-        tokens = int(batch[1].sum())
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad()
+        tokens = int(batch.mask.sum())
         seen += tokens
         losses.append(loss.item())
         bar.update(tokens)
         if len(losses) % 20 == 0:
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    return {"tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50, "seconds": time.time() - start,
-            "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__}
+            recent = losses[-50:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+    return {
+        "tokens": seen, "steps": len(losses), "loss": sum(losses[-50:]) / 50,
+        "seconds": time.time() - start,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "torch": torch.__version__,
+    }
 
 
 def train_text(model, processor, recipe):
     """Stage 1: the language model learns the game in words."""
     train = recipe["train"]
     corpus = corpora(recipe).Corpus(recipe["data"], train["seed"])
-    stream = batches(corpus, processor.tokenizer, train["batch_tokens"], train["loss_after"])
+    stream = text_batches(corpus, processor.tokenizer, train["batch_tokens"], train["loss_after"])
 
-    def step(batch):
-        ids, mask, labels = batch
-        return model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    def loss_of(batch):
+        return model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
 
-    return fit(model, optimizers(model, train), stream, step, train)
+    return fit(model, optimizers(model, train), stream, loss_of, train)
 
 
 def learns_to_see(name, recipe):
-    """Whether the second stage trains this parameter: tower, projector and cross-attention layers."""
-    layers = [f"language_model.layers.{i}." for i in recipe["shape"]["text"]["cross_attention_layers"]]
-    return any(part in name for part in ("vision_model", "multi_modal_projector", *layers))
+    """Whether the second stage trains the parameter: tower, projector, cross-attention layers."""
+    parts = ["vision_model", "multi_modal_projector"]
+    for layer in recipe["shape"]["text"]["cross_attention_layers"]:
+        parts.append(f"language_model.layers.{layer}.")
+    return any(part in name for part in parts)
 
 
 def train_vision(model, processor, recipe):
-    """Stage 2: tower, projector and cross-attention learn to see; the language model stays as it is, bit for bit.
+    """Stage 2: tower, projector and cross-attention learn to see; the language model is frozen.
 
-    This is how Llama 3.2 got its eyes too. A linear probe is trained along (the corpus says what for): its loss tells the
-    tower what matters long before the language loss would.
+    This is how Llama 3.2 got its vision too. A linear probe is trained along (the corpus says what
+    for): its loss tells the tower what matters long before the language loss would.
     """
-    train, size = recipe["vision"], recipe["shape"]["vision"]["image_size"]
+    train = recipe["vision"]
+    size = recipe["shape"]["vision"]["image_size"]
+    side = size // recipe["shape"]["vision"]["patch_size"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns_to_see(name, recipe))
     corpus = corpora(recipe).Corpus({**recipe["data"], **train}, train["seed"], [size, size])
-    side = size // recipe["shape"]["vision"]["patch_size"]
     probe = corpora(recipe).Probe(recipe["shape"]["text"]["hidden_size"], side)
     opts = optimizers(model, train)
     opts[1].add_param_group({"params": list(probe.parameters())})
-    correct = []
+    accuracies = []
 
-    def step(batch):
-        ids, mask, labels, pixels, targets = batch  # targets (B, slots)
-        sight = (ids == model.config.image_token_index).cumsum(1)[:, :, None, None]
-        hidden = model.model.vision_model(**pixels).last_hidden_state  # (B, 1, 1, 1 + side^2, C)
-        states = model.model.multi_modal_projector(hidden).flatten(0, 2)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels, cross_attention_states=states,
-                     cross_attention_mask=sight).loss
-        guess = probe(states[:, 1:].unflatten(1, (side, side)))  # (B, slots, classes)
-        correct.append((guess.argmax(-1) == targets).float().mean().item())
-        return loss + train["probe"] * torch.nn.functional.cross_entropy(guess.flatten(0, 1), targets.flatten())
+    def loss_of(batch):
+        after_image = (batch.ids == model.config.image_token_index).cumsum(1)  # (B, T)
+        hidden = model.model.vision_model(**batch.pixels).last_hidden_state  # (B, 1, 1, P, C)
+        states = model.model.multi_modal_projector(hidden).flatten(0, 2)  # (B, P, C)
+        loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels,
+                     cross_attention_states=states,
+                     cross_attention_mask=after_image[:, :, None, None]).loss  # (B, T, 1, 1)
+        patches = states[:, 1:].unflatten(1, (side, side))  # (B, side, side, C), P = 1 + side^2
+        logits = probe(patches)  # (B, slots, classes)
+        accuracies.append((logits.argmax(-1) == batch.probe).float().mean().item())
+        probe_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.probe.flatten())
+        return loss + train["probe"] * probe_loss
 
-    figures = fit(model, opts, pictures(corpus, processor, train["batch_tokens"]), step, train)
-    return {**figures, "probe": sum(correct[-50:]) / 50}
-
-
-def pictures(corpus, processor, tokens):
-    """Endless batches about pictures: (input_ids, attention_mask, labels, pixel inputs, (B, slots) probe targets)."""
-    while True:
-        found = [corpus.conversation() for _ in range(256)]
-        texts = [render(o["messages"]) for o in found]
-        documents = list(zip(processor.tokenizer(texts, add_special_tokens=False)["input_ids"], found))
-        corpus.rng.shuffle(documents)
-        documents.sort(key=lambda d: len(d[0]) // 40)
-        chunks, chunk = [], []
-        for document in documents:
-            if chunk and (len(chunk) + 1) * max(len(d[0]) for d in [*chunk, document]) > tokens:
-                chunks.append(chunk)
-                chunk = []
-            chunk.append(document)
-        corpus.rng.shuffle(chunks)
-        for chunk in chunks:
-            pixels = processor.image_processor([[o["image"]] for _, o in chunk], return_tensors="pt")
-            targets = torch.tensor([o["probe"] for _, o in chunk])
-            yield (*collate([ids for ids, _ in chunk], processor.tokenizer),
-                   {k: pixels[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}, targets)
+    stream = image_batches(corpus, processor, train["batch_tokens"])
+    figures = fit(model, opts, stream, loss_of, train)
+    return {**figures, "probe": sum(accuracies[-50:]) / 50}
 
 
 def corpora(recipe):
@@ -223,28 +281,41 @@ def corpora(recipe):
     return importlib.import_module(f"corpus_{recipe['env']}")
 
 
-STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # name -> section of the recipe, function
+STAGES = {"text": ("train", train_text), "vision": ("vision", train_vision)}  # section, function
 
 
 def main(path, *stages):
     recipe = yaml.safe_load(Path(path).read_text())
-    out, log = Path(recipe["out"]), Path(recipe["out"]) / "training.json"
-    processor = build_processor(recipe["shape"]["vision"]["image_size"], corpora(recipe).phrases())
+    out = Path(recipe["out"])
+    log = out / "training.json"
+    image_size = recipe["shape"]["vision"]["image_size"]
+    processor = build_processor(image_size, corpora(recipe).phrases())
     for stage in stages or STAGES:
         section, train = STAGES[stage]
         torch.manual_seed(recipe[section]["seed"])
-        model, figures = build_model(recipe["shape"], processor.tokenizer), {}
-        if stage != "text":
-            # fresh eyes beside the text stage's weights: run again, alone or after the first, it ends the same
-            done = MllamaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).state_dict()
-            fresh = model.to(torch.bfloat16).float().state_dict()
-            model.load_state_dict({n: (fresh if learns_to_see(n, recipe) else done)[n] for n in fresh})
+        model = build_model(recipe["shape"], processor.tokenizer)
+        figures = {}
+        if stage == "vision":
+            continue_from(out, model, recipe)
             figures = json.loads(log.read_text())
         figures[stage] = train(model, processor, recipe)
         model.to(torch.bfloat16).save_pretrained(out)
         processor.save_pretrained(out)
         log.write_text(json.dumps(figures, indent=1) + "\n")
         print(figures[stage])
+
+
+def continue_from(folder, model, recipe):
+    """Give the model the text stage's weights, beside fresh ones in what learns to see.
+
+    So the second stage, run again, alone or after the first, ends the same.
+    """
+    text = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    weights = model.to(torch.bfloat16).float().state_dict()
+    for name in weights:
+        if not learns_to_see(name, recipe):
+            weights[name] = text[name]
+    model.load_state_dict(weights)
 
 
 if __name__ == "__main__":

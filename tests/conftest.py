@@ -1,8 +1,11 @@
-"""Puts the repository root on sys.path, so that the tests import the flat modules as the scripts do; shared fixtures.
+"""Puts the repository root on sys.path, so that the tests import the flat modules as the scripts
+do; shared fixtures.
 
-    python -m pytest tests            without the tests marked slow; those marked gpu skip where there is no GPU
-    python -m pytest tests --slow     all of them
+python -m pytest tests            without the tests marked slow; those marked gpu skip where there
+is no GPU
+python -m pytest tests --slow     all of them
 """
+
 import copy
 import sys
 from pathlib import Path
@@ -33,16 +36,19 @@ def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch
+
         if not torch.cuda.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-# ---------------------------------------------------------------- settings and policies (torch is imported on first use)
+# ---------------------------------------------------------------- settings and policies (torch is
+# imported on first use)
 @pytest.fixture(scope="session")
 def loaded():
-    """(cfg, raw) of the shipped mini configuration; use the fixtures below, which hand out copies."""
+    """(cfg, raw) of the shipped mini configuration; the fixtures below hand out copies."""
     from lib import settings as config
+
     return config.load([str(CONFIG)])[:2]
 
 
@@ -57,21 +63,35 @@ def raw(loaded):
 
 
 def policies(cfg):
-    """Factory of mini policies of a configuration (NF4, fp32). Untrained LoRA is the identity and an untrained value head
-    is 0, which would hide mistakes, so both get random weights that depend on `noise` alone (0: leave them)."""
+    """Factory of mini policies of a configuration (NF4, fp32).
+
+    Untrained LoRA is the identity and an untrained value head is 0, which would hide mistakes, so
+    both get random weights that depend on `noise` alone (0: leave them).
+    """
     import torch
     from policy import Policy
 
     def make(noise=1, seed=0, value_detach=True, full=False, **model):
         settings = copy.deepcopy(cfg)
         vars(settings.model).update(model)
-        policy = Policy(settings.model, None if full else settings.lora, settings.ppo.value_hidden, value_detach, seed)
+        policy = Policy(
+            settings.model,
+            None if full else settings.lora,
+            settings.ppo.value_hidden,
+            value_detach,
+            seed,
+        )
         if noise:
             generator = torch.Generator().manual_seed(noise)
-            for name, parameter in [*policy.trainable.items(), *policy.value_head.named_parameters()]:
+            for name, parameter in [
+                *policy.trainable.items(),
+                *policy.value_head.named_parameters(),
+            ]:
                 if "lora_B" in name or name.startswith("net."):
                     scale = 0.06 if "lora_B" in name else 0.2
-                    parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+                    parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(
+                        parameter
+                    )
         return policy
 
     return make
@@ -90,21 +110,29 @@ def policy(make_policy):
 
 
 def play(policy, env, temperature, tables=6, turns=3, seed=0, verify_iters=5):
-    """Turns of episodes played for real, side by side: after a few of them the prompts differ in length."""
+    """Turns of episodes played for real, side by side: after a few of them the prompts differ in
+    length.
+    """
     import torch
     from rollout import Play, make_env, training_seeds
+
     games = Play([make_env(env, verify_iters) for _ in range(tables)], training_seeds(seed))
     generator = torch.Generator(policy.device).manual_seed(seed)
     return [turn for _ in range(turns) for turn in games.turn(policy, temperature, generator)]
 
 
 def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
-    """Sampled answers are the same when `rows` prompts are read at a time, which takes so many `parts`."""
+    """Sampled answers are the same when `rows` prompts are read at a time, which takes so many
+    `parts`.
+    """
     import torch
     import policy as policy_module
+
     width, read, calls = max(len(p.ids) for p in prompts), policy._prefill_part, []
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
-    monkeypatch.setattr(policy, "_prefill_part", lambda *arguments: calls.append(1) or read(*arguments))
+    monkeypatch.setattr(
+        policy, "_prefill_part", lambda *arguments: calls.append(1) or read(*arguments)
+    )
     several = []
     for states in (10**9, rows * width * policy.base.lm_head.in_features):
         monkeypatch.setattr(policy_module, "STATES_AT_ONCE", states)

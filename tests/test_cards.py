@@ -1,7 +1,9 @@
-"""Pictures of cards, read back by a reader of its own: it knows how playing cards look, not how cards.py draws them.
+"""Pictures of cards, read back by a reader that knows how playing cards look, not cards.py.
 
-Ranks are matched with glyphs set here, suits told apart by colour and outline, pips counted by a flood fill.
+Ranks are matched with glyphs set here, suits told apart by colour and outline, pips counted by a
+flood fill.
 """
+
 import hashlib
 import os
 import random
@@ -19,14 +21,14 @@ from PIL import Image, ImageDraw, ImageFont
 from scenery import cards
 from scenery.cards import RANKS, SUITS, draw_card, draw_table
 
-ROOT = Path(cards.__file__).resolve().parent
+ROOT = Path(cards.__file__).resolve().parent.parent
 PACK = [(rank, suit) for rank in RANKS for suit in SUITS]
-HANDS = [PACK[i:i + 4] for i in range(0, 52, 4)]
+HANDS = [PACK[i : i + 4] for i in range(0, 52, 4)]
 SMALL = [PACK[i::13] for i in range(13)]  # the pack again, other neighbours
 DEAL = [("K", "spades"), ("10", "hearts"), ("A", "clubs"), ("7", "diamonds")]
 
 
-# ---------------------------------------------------------------- the reader, sharing nothing with cards.py
+# ---------------------------------------------------------------- a reader of its own
 def runs(flags):
     """[(start, end)] of the stretches of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(flags, int), [0]])))
@@ -34,11 +36,14 @@ def runs(flags):
 
 
 def cut_out(table):
-    """(height, width, 3) pixels of every card on an unjittered table: what is not the colour of its top left pixel."""
+    """(height, width, 3) pixels of every card on an unjittered table.
+
+    A card is what is not the colour of the table's top left pixel.
+    """
     pixels = np.asarray(table).astype(int)
     card = np.abs(pixels - pixels[0, 0]).sum(2) > 60
     top, bottom = np.flatnonzero(card.any(1))[[0, -1]]
-    return [pixels[top:bottom + 1, a:b] for a, b in runs(card.any(0))]
+    return [pixels[top : bottom + 1, a:b] for a, b in runs(card.any(0))]
 
 
 def ink(pixels):
@@ -63,12 +68,14 @@ def blobs(mask):
 
 def trim(mask):
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def normal(mask):
     """A mask cropped to its ink and brought to 24 x 36, as floats."""
-    image = Image.fromarray(trim(mask).astype(np.uint8) * 255).resize((24, 36), Image.Resampling.BILINEAR)
+    image = Image.fromarray(trim(mask).astype(np.uint8) * 255).resize(
+        (24, 36), Image.Resampling.BILINEAR
+    )
     return np.asarray(image).astype(float) / 255
 
 
@@ -80,12 +87,23 @@ def template(rank):
 
 
 def read_suit(pixels):
-    """Suit of a lone upright symbol: red and alike upside down, a diamond; black with a waist under the top, a club."""
+    """Suit of a lone upright symbol.
+
+    Red and alike upside down, it is a diamond; black with a waist under the top, a club.
+    """
     shape = trim(ink(pixels))
     if np.median(pixels[ink(pixels)][:, 0]) > 120:
-        return "diamonds" if (shape & shape[::-1]).sum() > .9 * (shape | shape[::-1]).sum() else "hearts"
-    widths = shape.sum(1)[:shape.sum(1).argmax()]  # from the top to the widest row
-    return "clubs" if (np.maximum.accumulate(widths) - widths).max() > .07 * shape.shape[1] else "spades"
+        return (
+            "diamonds"
+            if (shape & shape[::-1]).sum() > 0.9 * (shape | shape[::-1]).sum()
+            else "hearts"
+        )
+    widths = shape.sum(1)[: shape.sum(1).argmax()]  # from the top to the widest row
+    return (
+        "clubs"
+        if (np.maximum.accumulate(widths) - widths).max() > 0.07 * shape.shape[1]
+        else "spades"
+    )
 
 
 def read_card(index):
@@ -104,7 +122,10 @@ def test_large_cards_are_read_from_either_corner(turned):
         for (rank, suit), picture in zip(hand, pictures):
             picture = picture[::-1, ::-1] if turned else picture
             height, width, _ = picture.shape
-            corner = picture[round(.02 * height):round(.31 * height), round(.02 * width):round(.205 * width)]
+            corner = picture[
+                round(0.02 * height) : round(0.31 * height),
+                round(0.02 * width) : round(0.205 * width),
+            ]
             assert read_card(corner) == (rank, suit)
 
 
@@ -118,7 +139,9 @@ def test_pips_are_counted():
     for rank, suit in PACK:
         picture = cut_out(draw_table([(rank, suit)] * 4, 1200, 600))[1]
         height, width, _ = picture.shape
-        middle = picture[round(.05 * height):round(.95 * height), round(.21 * width):round(.79 * width)]
+        middle = picture[
+            round(0.05 * height) : round(0.95 * height), round(0.21 * width) : round(0.79 * width)
+        ]
         if rank.isdigit():
             pips = blobs(ink(middle)[::2, ::2])
             assert len(pips) == int(rank) and max(pips) < 1.1 * min(pips)
@@ -130,40 +153,50 @@ def test_cards_without_a_middle_row_look_the_same_from_the_other_side():
     for suit in SUITS:
         for rank in ("2", "4", "10", "J", "Q", "K"):
             pixels = np.asarray(draw_card(rank, suit, 270)).astype(int)
-            assert (np.abs(pixels - pixels[::-1, ::-1]).max(2) > 100).mean() < .005  # rounding to a pixel
+            assert (
+                np.abs(pixels - pixels[::-1, ::-1]).max(2) > 100
+            ).mean() < 0.005  # rounding to a pixel
 
 
 def test_courts_differ_from_each_other():
     """Beyond the index: in a fifth or more of the pixels of the middle."""
     for suit in SUITS:
-        middle = {r: np.asarray(draw_card(r, suit, 270).convert("RGB")).astype(int)[40:340, 60:210] for r in "JQK"}
+        middle = {
+            r: np.asarray(draw_card(r, suit, 270).convert("RGB")).astype(int)[40:340, 60:210]
+            for r in "JQK"
+        }
         for a, b in combinations("JQK", 2):
-            assert (np.abs(middle[a] - middle[b]).max(2) > 60).mean() > .2
+            assert (np.abs(middle[a] - middle[b]).max(2) > 60).mean() > 0.2
 
 
 @pytest.mark.parametrize("width", [26, 270])
 def test_rank_of_red_and_black_differs_in_colour_only(width):
     def coverage(rank, suit):
         green = np.asarray(draw_card(rank, suit, width).convert("RGB")).astype(float)[..., 1]
-        part = green[2:round(.58 * len(green)), 2:-2] if width == 26 else green[15:68, 5:55]
+        part = green[2 : round(0.58 * len(green)), 2:-2] if width == 26 else green[15:68, 5:55]
         return (255 - part) / (255 - part.min())
 
     for rank in RANKS:
         for suit in SUITS:
-            assert np.abs(coverage(rank, suit) - coverage(rank, "spades")).max() < .02
+            assert np.abs(coverage(rank, suit) - coverage(rank, "spades")).max() < 0.02
 
 
 # ---------------------------------------------------------------- small cards stay apart
 @pytest.fixture(scope="module")
 def sprites():
     """(52, pixels) of the cards as cut from 112 x 112 tables, in the order of PACK."""
-    return np.stack([picture.ravel() for hand in HANDS for picture in cut_out(draw_table(hand, 112, 112))])
+    return np.stack(
+        [picture.ravel() for hand in HANDS for picture in cut_out(draw_table(hand, 112, 112))]
+    )
 
 
 def test_small_cards_differ_clearly(sprites):
     for i, j in combinations(range(52), 2):
         strong = (np.abs(sprites[i] - sprites[j]).reshape(-1, 3).max(1) > 100).sum()  # pixels
-        assert strong >= (24 if PACK[i][0] != PACK[j][0] else 10), (PACK[i], PACK[j])  # a suit is 12 pixels high
+        assert strong >= (24 if PACK[i][0] != PACK[j][0] else 10), (
+            PACK[i],
+            PACK[j],
+        )  # a suit is 12 pixels high
 
 
 def test_small_cards_survive_noise(sprites):
@@ -176,14 +209,27 @@ def test_small_cards_survive_noise(sprites):
 
 # ---------------------------------------------------------------- same arguments, same pixels
 def digest():
-    pictures = [draw_table(DEAL, w, h, j) for w, h in ((1200, 600), (112, 112)) for j in (None, random.Random(5))]
+    pictures = [
+        draw_table(DEAL, w, h, j)
+        for w, h in ((1200, 600), (112, 112))
+        for j in (None, random.Random(5))
+    ]
     return hashlib.sha256(b"".join(p.tobytes() for p in pictures)).hexdigest()
 
 
 def test_pixels_do_not_depend_on_process_or_hash_seed_or_cache():
-    script = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import test_cards as t; print(t.digest())"
-    others = {subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
-                             capture_output=True, check=True).stdout.strip() for seed in ("1", "2")}
+    paths = [str(ROOT), str(ROOT / "tests")]
+    script = f"import sys; sys.path[:0] = {paths}; import test_cards as t; print(t.digest())"
+    others = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
     draw_card.cache_clear()
     cold = digest()
     assert others == {cold} and digest() == cold
@@ -218,18 +264,34 @@ def test_jitter_is_off_by_default_and_drawn_from_the_given_generator():
     assert len({plain, *map(jittered, range(30))}) == 31
 
 
-@pytest.mark.parametrize("width, height, tables", [(112, 112, 40), (92, 32, 40), (333, 111, 8), (400, 200, 3)])
+@pytest.mark.parametrize(
+    "width, height, tables", [(112, 112, 40), (92, 32, 40), (333, 111, 8), (400, 200, 3)]
+)
 def test_jittered_cards_lie_apart_and_wholly_on_the_canvas(width, height, tables):
     areas = []
     for seed in range(tables):
         sizes = blobs(is_card(draw_table(DEAL, width, height, random.Random(seed))))
         assert len(sizes) == 4
         areas += sizes
-    assert max(areas) < 2 * min(areas)  # none covered or cut; sizes differ by 15 % either way and by rounding
+    assert max(areas) < 2 * min(
+        areas
+    )  # none covered or cut; sizes differ by 15 % either way and by rounding
 
 
-@pytest.mark.parametrize("width, height, count", [(72, 25, 4), (333, 111, 4), (2000, 500, 4), (113, 97, 4), (60, 90, 2),
-                                                  (50, 300, 1), (640, 480, 1), (700, 100, 9), (1201, 599, 5)])
+@pytest.mark.parametrize(
+    "width, height, count",
+    [
+        (72, 25, 4),
+        (333, 111, 4),
+        (2000, 500, 4),
+        (113, 97, 4),
+        (60, 90, 2),
+        (50, 300, 1),
+        (640, 480, 1),
+        (700, 100, 9),
+        (1201, 599, 5),
+    ],
+)
 def test_any_canvas(width, height, count):
     hand = (DEAL * 3)[:count]
     table = draw_table(hand, width, height)
@@ -238,8 +300,10 @@ def test_any_canvas(width, height, count):
     columns, rows = runs(mask.any(0)), runs(mask.any(1))
     assert len(columns) == count and len(rows) == 1
     (top, bottom), wide = rows[0], {b - a for a, b in columns}
-    assert len(wide) == 1 and abs((bottom - top) / wide.pop() - 1.4) < .05
-    assert abs(top - (height - bottom)) <= 1 and abs(columns[0][0] - (width - columns[-1][1])) <= count
+    assert len(wide) == 1 and abs((bottom - top) / wide.pop() - 1.4) < 0.05
+    assert (
+        abs(top - (height - bottom)) <= 1 and abs(columns[0][0] - (width - columns[-1][1])) <= count
+    )
 
 
 @pytest.mark.parametrize("jitter", [False, True])
@@ -258,10 +322,24 @@ def test_too_small_a_canvas_names_one_that_is_large_enough(count, jitter):
             draw(*less)
 
 
-@pytest.mark.parametrize("rank, suit", [("1", "spades"), ("11", "hearts"), (10, "clubs"), ("a", "clubs"),
-                                        ("A", "Spades"), ("A", "stars"), ("", ""), (None, None)])
+@pytest.mark.parametrize(
+    "rank, suit",
+    [
+        ("1", "spades"),
+        ("11", "hearts"),
+        (10, "clubs"),
+        ("a", "clubs"),
+        ("A", "Spades"),
+        ("A", "stars"),
+        ("", ""),
+        (None, None),
+    ],
+)
 def test_unknown_cards(rank, suit):
-    for draw in (lambda: draw_card(rank, suit, 100), lambda: draw_table([(rank, suit)] * 4, 112, 112)):
+    for draw in (
+        lambda: draw_card(rank, suit, 100),
+        lambda: draw_table([(rank, suit)] * 4, 112, 112),
+    ):
         with pytest.raises(ValueError, match="no card") as error:
             draw()
         assert "\n" not in str(error.value)
@@ -280,4 +358,8 @@ def test_card_image(width):
     assert card.mode == "RGBA" and card.size == (width, round(1.4 * width))
     assert card is draw_card("Q", "hearts", width)  # drawn once
     alpha = np.asarray(card)[..., 3]
-    assert alpha[0, 0] < 255 and alpha[len(alpha) // 2, width // 2] == 255 and alpha[0, width // 2] == 255
+    assert (
+        alpha[0, 0] < 255
+        and alpha[len(alpha) // 2, width // 2] == 255
+        and alpha[0, width // 2] == 255
+    )

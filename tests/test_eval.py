@@ -1,5 +1,7 @@
-"""Episodes of many positions, from SFT examples to the printed table, on a toy that no script knows by name."""
+"""Episodes of many positions, from SFT examples to evaluation.json, on a toy environment."""
+
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -13,32 +15,48 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
+from lib.checks import choice, whole
 from lib.settings import UserError
 from rollout import Play, counts, evaluate, make_env, play_reference
 
 
 class Corridor:
-    """Go forward or turn at each position and stop at the last; a right answer moves on and empties the conversation."""
+    """Forward or turn at each position, stop at the last; each begins a new conversation."""
 
+    SETTINGS = {"longest": whole(1), "split": choice("all")}
     answer_key, references = "", ("always forward", "expert")
 
     def __init__(self, longest=4, split="all", verify_iters=2):
         if split != "all":
             raise ValueError(f"split: {split!r} is not all")
         self.longest, self.verify_iters = longest, verify_iters
-        self.reports = [("per-step accuracy", "accuracy %, first attempts / all answers", ("first", "per_step")),
-                        ("turns", "first-attempt accuracy %, forward / stop / turn", ("first_forward", "first_stop", "first_turn")),
-                        ("success", f"success % within {verify_iters}", ("solved",))]
+        self.reports = [
+            (
+                "per-step accuracy",
+                "accuracy %, first attempts / all answers",
+                ("first", "per_step"),
+            ),
+            (
+                "turns",
+                "first-attempt accuracy %, forward / stop / turn",
+                ("first_forward", "first_stop", "first_turn"),
+            ),
+            ("success", f"success % within {verify_iters}", ("solved",)),
+        ]
 
     def reset(self, seed, progress=0.0):
         rng = random.Random(f"corridor {seed}")
-        self.rail = [rng.choice(("forward", "turn")) for _ in range(rng.randint(1, self.longest))] + ["stop"]
+        self.rail = [
+            rng.choice(("forward", "turn")) for _ in range(rng.randint(1, self.longest))
+        ] + ["stop"]
         self.arrive(int(progress * len(self.rail)))
         return self.obs(), {"cluster": str(len(self.rail))}
 
     def arrive(self, at):
         self.at, self.attempt = at, 0
-        self.messages = [{"role": "user", "content": f"{at} {self.rail[at] if at < len(self.rail) else 'end'}"}]
+        self.messages = [
+            {"role": "user", "content": f"{at} {self.rail[at] if at < len(self.rail) else 'end'}"}
+        ]
 
     def obs(self):
         return {"messages": list(self.messages), "image": None}
@@ -48,12 +66,22 @@ class Corridor:
         correct = answer == action
         terminated = correct and action == "stop"
         truncated = not correct and self.attempt == self.verify_iters
-        info = {"category": "correct" if correct else "wrong", "correct": correct, "recognized": True, "action": action,
-                "attempt": self.attempt, "feedback": "" if correct else "No.", "cluster": str(len(self.rail))}
+        info = {
+            "category": "correct" if correct else "wrong",
+            "correct": correct,
+            "recognized": True,
+            "action": action,
+            "attempt": self.attempt,
+            "feedback": "" if correct else "No.",
+            "cluster": str(len(self.rail)),
+        }
         if correct:
             self.arrive(self.at + 1)
         else:
-            self.messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "No."}]
+            self.messages += [
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": "No."},
+            ]
         return self.obs(), 1.0 if correct else -1.0, terminated, truncated, info
 
     def expert(self):
@@ -67,8 +95,10 @@ class Corridor:
 
 
 class Walker:
-    """A policy of known skill, told by its checkpoint. Init: always forward. sft: right, but never stops. rl: right, but
-    turns on the second attempt only."""
+    """A policy of known skill, told by its checkpoint.
+
+    Init: always forward. sft: right, but never stops. rl: right, but turns at the second attempt.
+    """
 
     device = "cpu"
 
@@ -76,25 +106,33 @@ class Walker:
         self.model, self.skill = model, "rl"
 
     def save_merged(self, folder):
-        (folder / "weights").write_text(f"{self.loaded} {self.model.quantization} {self.model.dtype} {self.model.device}")
+        (folder / "weights").write_text(
+            f"{self.loaded} {self.model.quantization} {self.model.dtype} {self.model.device}"
+        )
 
     def load(self, checkpoint, value_head):
         self.loaded = checkpoint
         self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
 
-    def fixed(self):
+    def inference(self):
         return contextlib.nullcontext()
 
     def encode(self, observations):
         return observations
 
     def sample(self, prompts, temperature, generator):
-        return [SimpleNamespace(ids=self.say(p["messages"]), logprobs=None, value=0.0) for p in prompts]
+        return [
+            SimpleNamespace(ids=self.say(p["messages"]), logprobs=None, value=0.0) for p in prompts
+        ]
 
     def say(self, messages):
         action = messages[0]["content"].split()[1]
         slow = action == "turn" and len(messages) == 1
-        return {"Init": "forward", "sft": action.replace("stop", "forward"), "rl": "forward" if slow else action}[self.skill]
+        return {
+            "Init": "forward",
+            "sft": action.replace("stop", "forward"),
+            "rl": "forward" if slow else action,
+        }[self.skill]
 
     def decode(self, ids):
         return ids
@@ -108,22 +146,42 @@ def toy(monkeypatch):
 
 # ---------------------------------------------------------------- what an episode counts for
 def answers(*given):
-    return [{"attempt": attempt, "correct": correct, "recognized": recognized, "action": action}
-            for action, attempt, correct, recognized in given]
+    return [
+        {"attempt": attempt, "correct": correct, "recognized": recognized, "action": action}
+        for action, attempt, correct, recognized in given
+    ]
 
 
 def test_counts_of_an_episode_of_several_positions():
-    """Forward at once, turn on the second attempt, forward at once, then two wrong answers where one should stop."""
-    infos = answers(("forward", 1, True, True), ("turn", 1, False, True), ("turn", 2, True, False),
-                    ("forward", 1, True, False), ("stop", 1, False, False), ("stop", 2, False, True))
-    assert counts(infos, False) == {"solved": (0, 1), "per_step": (3, 6), "first": (2, 4), "recognized": (2, 4),
-                                    "first_forward": (2, 2), "first_turn": (0, 1), "first_stop": (0, 1)}
+    """Forward at once, turn on the second attempt, forward at once, then twice not to stop."""
+    infos = answers(
+        ("forward", 1, True, True),
+        ("turn", 1, False, True),
+        ("turn", 2, True, False),
+        ("forward", 1, True, False),
+        ("stop", 1, False, False),
+        ("stop", 2, False, True),
+    )
+    assert counts(infos, False) == {
+        "solved": (0, 1),
+        "per_step": (3, 6),
+        "first": (2, 4),
+        "recognized": (2, 4),
+        "first_forward": (2, 2),
+        "first_turn": (0, 1),
+        "first_stop": (0, 1),
+    }
 
 
 def test_counts_of_a_hand():
     """One position, one type of action: right on the third attempt, read right from the second."""
     infos = answers((None, 1, False, False), (None, 2, False, True), (None, 3, True, True))
-    assert counts(infos, True) == {"solved": (1, 1), "per_step": (1, 3), "first": (0, 1), "recognized": (0, 1)}
+    assert counts(infos, True) == {
+        "solved": (1, 1),
+        "per_step": (1, 3),
+        "first": (0, 1),
+        "recognized": (0, 1),
+    }
     assert counts(infos[2:], True)["per_step"] == (1, 1)
 
 
@@ -135,7 +193,9 @@ def test_example_stands_anywhere_on_the_way(toy):
         obs, answer = sft.example(env, seed, 2)
         at, action = obs["messages"][0]["content"].split()
         assert answer == action == env.rail[int(at)] and env.step(answer)[1] == 1
-        assert [m["content"] for m in obs["messages"][1:]] == ["jump", "No."] * (len(obs["messages"]) // 2)
+        assert [m["content"] for m in obs["messages"][1:]] == ["jump", "No."] * (
+            len(obs["messages"]) // 2
+        )
         assert sft.example(env, seed, 2) == (obs, answer)
         met.add((len(env.rail), int(at), len(obs["messages"]) // 2))
     assert met == {(n, at, mistakes) for n in (2, 3, 4) for at in range(n) for mistakes in range(3)}
@@ -158,22 +218,42 @@ def expected(skill, rail):
     """Counts of one episode, from the description of the skill."""
     forward, turn, n = rail.count("forward"), rail.count("turn"), len(rail)
     if skill == "rl":
-        found = {"solved": (1, 1), "per_step": (n, n + turn), "first": (n - turn, n), "first_forward": (forward, forward),
-                 "first_turn": (0, turn), "first_stop": (1, 1)}
+        found = {
+            "solved": (1, 1),
+            "per_step": (n, n + turn),
+            "first": (n - turn, n),
+            "first_forward": (forward, forward),
+            "first_turn": (0, turn),
+            "first_stop": (1, 1),
+        }
     elif skill == "sft":
-        found = {"solved": (0, 1), "per_step": (n - 1, n + 1), "first": (n - 1, n), "first_forward": (forward, forward),
-                 "first_turn": (turn, turn), "first_stop": (0, 1)}
+        found = {
+            "solved": (0, 1),
+            "per_step": (n - 1, n + 1),
+            "first": (n - 1, n),
+            "first_forward": (forward, forward),
+            "first_turn": (turn, turn),
+            "first_stop": (0, 1),
+        }
     else:
         k = next(i for i, action in enumerate(rail) if action != "forward")
-        found = {"solved": (0, 1), "per_step": (k, k + 2), "first": (k, k + 1), "first_forward": (k, k),
-                 f"first_{rail[k]}": (0, 1)}
+        found = {
+            "solved": (0, 1),
+            "per_step": (k, k + 2),
+            "first": (k, k + 1),
+            "first_forward": (k, k),
+            f"first_{rail[k]}": (0, 1),
+        }
     found["recognized"] = (found["first"][1],) * 2
     return {name: pair for name, pair in found.items() if pair[1]}
 
 
 def rails(toy, n, seed, **changes):
     env = make_env(toy, 2, **changes)
-    return [env.reset(s) and env.rail for s in range(rollout.EVAL_SEEDS + seed * 10**6, rollout.EVAL_SEEDS + seed * 10**6 + n)]
+    return [
+        env.reset(s) and env.rail
+        for s in range(rollout.EVAL_SEEDS + seed * 10**6, rollout.EVAL_SEEDS + seed * 10**6 + n)
+    ]
 
 
 def test_evaluation_counts_every_position(toy):
@@ -181,7 +261,9 @@ def test_evaluation_counts_every_position(toy):
     for skill in ("Init", "sft", "rl"):
         policy.skill = skill
         records = evaluate(policy, toy, n, 7, 2, 0, 6)
-        assert [r["counts"] for r in records] == [expected(skill, rail) for rail in rails(toy, n, 7)]
+        assert [r["counts"] for r in records] == [
+            expected(skill, rail) for rail in rails(toy, n, 7)
+        ]
         assert [r["cluster"] for r in records] == [str(len(rail)) for rail in rails(toy, n, 7)]
     assert all(turn.info["attempt"] <= 2 for r in records for turn in r["turns"])
 
@@ -189,9 +271,13 @@ def test_evaluation_counts_every_position(toy):
 def test_reference_policies_play_the_same_episodes(toy):
     policy = Walker()
     policy.skill = "Init"
-    still, known = (play_reference(toy, name, 30, 7, 2, longest=6) for name in ("always forward", "expert"))
+    still, known = (
+        play_reference(toy, name, 30, 7, 2, longest=6) for name in ("always forward", "expert")
+    )
     keys = ("seed", "cluster", "counts")
-    assert still == [{k: r[k] for k in keys} for r in evaluate(policy, toy, 30, 7, 2, 0, 8, longest=6)]
+    assert still == [
+        {k: r[k] for k in keys} for r in evaluate(policy, toy, 30, 7, 2, 0, 8, longest=6)
+    ]
     assert [r["seed"] for r in known] == [r["seed"] for r in still]
     assert all(r["counts"][m][0] == r["counts"][m][1] for r in known for m in r["counts"])
 
@@ -208,7 +294,7 @@ def test_tables_resume_between_positions(toy):
     state = json.loads(json.dumps(one.state()))
     two = Play([make_env({**toy, "longest": 8}, 2) for _ in range(5)], iter(range(1000, 2000)))
     two.restore(state)
-    assert any(len(given) > 2 for _, given in state["tables"])
+    assert any(len(given) > 2 for _, given in state["episodes"])
     for _ in range(30):
         assert turn(one) == turn(two)
 
@@ -216,12 +302,19 @@ def test_tables_resume_between_positions(toy):
 # ---------------------------------------------------------------- the table
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """eval.main over three arms of Walkers; returns a function of the overrides, and the run directory."""
+    """eval.main over three arms of Walkers: a function of the overrides, and the run directory."""
     folder, settings = tmp_path / "run", yaml.safe_load(CONFIG.read_text())
     settings.update(env={"name": "toy"}, run={"dir": str(folder), "seed": 0})
     settings["ppo"]["init"] = "sft/step_1"
-    settings["eval"].update(verify_iters=2, temperatures=[0.2, 0], splits={"all": 40}, batch_size=16, curve_n=10, seed=7,
-                            variants={"ID": {}, "long": {"longest": 9}})
+    settings["eval"].update(
+        verify_iters=2,
+        temperatures=[0.2, 0],
+        splits={"all": 40},
+        batch_size=16,
+        curve_n=10,
+        seed=7,
+        variants={"ID": {}, "long": {"longest": 9}},
+    )
     for name in ("sft/step_1", "sft/step_3", "rl/step_4"):
         (folder / name).mkdir(parents=True)
         (folder / name).with_name("config.yaml").write_text(yaml.safe_dump(settings))
@@ -236,43 +329,112 @@ def ratio(found, name):
     return 100 * Fraction(right, of)
 
 
-def test_table_of_an_environment_with_many_positions(main, toy, capsys):
+def saved(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_table_of_an_environment_with_many_positions(main, toy):
     run, folder = main
     run()
-    printed, report = capsys.readouterr().out, json.loads((folder / "evaluation.json").read_text())
-    played = {(v, s): [expected(s, rail) for rail in rails(toy, 40, 7, **changes)]
-              for v, changes in (("ID", {}), ("long", {"longest": 9})) for s in ("Init", "sft", "rl")}
+    report = saved(folder)
+    played = {
+        (v, s): [expected(s, rail) for rail in rails(toy, 40, 7, **changes)]
+        for v, changes in (("ID", {}), ("long", {"longest": 9}))
+        for s in ("Init", "sft", "rl")
+    }
     for row in report["table"]:
-        assert row["n"] == 40 and (row["temperature"] is None) == (row["arm"] in Corridor.references)
+        assert row["n"] == 40 and (row["temperature"] is None) == (
+            row["arm"] in Corridor.references
+        )
         for m, (value, low, high) in row["metrics"].items():
-            found = 100 if row["arm"] == "expert" else ratio(played[row["variant"], row["arm"].replace("always forward", "Init")], m)
+            found = (
+                100
+                if row["arm"] == "expert"
+                else ratio(played[row["variant"], row["arm"].replace("always forward", "Init")], m)
+            )
             assert value == pytest.approx(float(found), abs=1e-4)
             assert low <= value + 1e-4 and value - 1e-4 <= high, (row["arm"], m)
     for row in report["differences"]:
         for m, (value, low, high) in row["metrics"].items():
-            assert value == pytest.approx(float(ratio(played[row["variant"], row["arm"]], m)
-                                                - ratio(played[row["variant"], row["base"]], m)), abs=1e-4)
+            assert value == pytest.approx(
+                float(
+                    ratio(played[row["variant"], row["arm"]], m)
+                    - ratio(played[row["variant"], row["base"]], m)
+                ),
+                abs=1e-4,
+            )
             assert low - 1e-4 <= value <= high + 1e-4
-    for heading in ("all: accuracy %, first attempts / all answers, ± half the 95 % interval, n = 40",
-                    "all: first-attempt accuracy %, forward / stop / turn, ± half", "all: success % within 2, ± half",
-                    "paired differences of per-step accuracy in points", "paired differences of turns", "of success in"):
-        assert heading in printed
-    block = printed[printed.index("forward / stop / turn"):].splitlines()[1:12]
-    assert [line[6:22].strip() for line in block[1:]] == 2 * ["Init", "sft", "rl", "always forward", "expert"]
-    values = [float(ratio(played["ID", "rl"], f"first_{action}")) for action in ("forward", "stop", "turn")]
-    assert " / ".join(f"{v:5.1f}" for v in values) + " ± 0.0" in block[3] and block[3].endswith(" 400")
-    assert "±" not in block[4] + block[5] and block[5].endswith("100.0 / 100.0 / 100.0")
-    assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert report["gflops"] == {"Init": 100, "sft": 300, "rl": 400}
+    assert [r["name"] for r in report["reports"]] == ["per-step accuracy", "turns", "success"]
+    assert all(report["reports"][i]["metrics"] == list(Corridor().reports[i][2]) for i in range(3))
 
 
-def test_second_evaluation_plays_neither_arms_nor_references_again(main, monkeypatch, capsys):
-    run, _ = main
+def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
+    run, folder = main
     run()
-    printed = capsys.readouterr().out
+    found = [expected("Init", rail) for rail in rails(toy, 10, 7)]
+    for arms in saved(folder)["curves"].values():
+        assert {arm: [point[0] for point in points] for arm, points in arms.items()} == {
+            "Init": [100],
+            "sft": [100, 300],
+            "rl": [100, 400],
+        }
+        assert arms["rl"][0] == arms["Init"][0] == arms["sft"][0]
+        for _, value, low, high, recognition in itertools.chain(*arms.values()):
+            assert low <= value + 1e-4 and value - 1e-4 <= high and recognition == 100
+    assert saved(folder)["curves"]["ID"]["Init"][0][1] == pytest.approx(
+        float(ratio(found, "per_step")), abs=1e-4
+    )
+
+
+def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
+    run, folder = main
+    shutil.copytree(folder, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
+    (folder / "rl" / "metrics.jsonl").write_text('{"seconds": 60}\n{"seconds": 30}\n')
+    run()
+    one = saved(folder)
+    assert (one["splits"], one["temperatures"], one["curve_n"]) == ({"all": 40}, [0.2, 0], 10)
+    assert (
+        one["variants"] == {"ID": {}, "long": {"longest": 9}}
+        and one["per_run"] == {}
+        and one["seeds"] == [0]
+    )
+    assert one["minutes"]["rl"] == 1.5 and set(one["minutes"]) == {"rl", "eval"}
+    assert (
+        "torch" in one["versions"] and one["machine"] and one["commit"] and "transcripts" not in one
+    )
+    captured = capsys.readouterr()
+    assert f"python report.py {folder}" in captured.err and captured.out == ""
+    run(f"eval.runs=[{folder}, {tmp_path / 'other'}]")
+    two = saved(folder)
+    assert two["seeds"] == [0, 5] and set(two["per_run"]) == {str(folder), str(tmp_path / "other")}
+    assert all(rows == one["differences"] for rows in two["per_run"].values())
+
+
+def test_transcripts_hold_whole_episodes(main, toy):
+    run, folder = main
+    run("eval.transcripts=2", "eval.curve_n=0")
+    found = {(t["arm"], t["variant"]): t["episodes"] for t in saved(folder)["transcripts"]}
+    assert set(found) == {
+        (arm, variant) for arm in ("Init", "sft", "rl") for variant in ("ID", "long")
+    }
+    for rail, episode in zip(rails(toy, 2, 7), found["rl", "ID"]):
+        right = [turn["text"] for turn in episode if turn["reward"] == 1]
+        assert right == rail and all(
+            turn["feedback"] == "No." for turn in episode if turn["reward"] == -1
+        )
+
+
+def test_second_evaluation_plays_neither_arms_nor_references_again(main, monkeypatch):
+    run, folder = main
+    run()
+    first = saved(folder)
     for name in ("evaluate", "play_reference"):
         monkeypatch.setattr(evaluation, name, None)
     run()
-    assert capsys.readouterr().out == printed
+    assert {**saved(folder), "minutes": None} == {**first, "minutes": None}
 
 
 def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
@@ -286,6 +448,7 @@ def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
     folder.rename(other)
     for name in ("sft/step_1", "sft/step_3", "rl/step_4"):
         (folder / name).mkdir(parents=True)
+        shutil.copy(other / name / "../config.yaml", folder / name / "..")
     for cell in cells:
         if cell["key"][1] is not None:  # keys hold the time of the checkpoint
             cell["key"][1] = int((folder / cell["key"][0]).stat().st_mtime)
@@ -305,20 +468,26 @@ def test_pooled_runs_share_one_model(main, tmp_path, monkeypatch):
     for path in (tmp_path / "other").glob("*/config.yaml"):
         path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
     made = []
-    monkeypatch.setattr(evaluation, "Policy", lambda **settings: made.append(settings) or Walker(**settings))
+    monkeypatch.setattr(
+        evaluation, "Policy", lambda **settings: made.append(settings) or Walker(**settings)
+    )
     run("eval.temperatures=[0]", "eval.curve_n=0", f"eval.runs=[{folder}, {tmp_path / 'other'}]")
     assert len(made) == 1
 
 
 def test_merged_arms_are_those_of_the_table(main, tmp_path, capsys):
-    """In 16 bits on the CPU, whatever the arm ran with; of pooled runs, the first's; in place of what was merged before."""
+    """In 16 bits on the CPU; of pooled runs, the first's; in place of what was merged before."""
     run, folder = main
     shutil.copytree(folder, tmp_path / "other")
     for old in ("weights", "shard"):
         (tmp_path / "pool/rl/merged").mkdir(parents=True, exist_ok=True)
         (tmp_path / "pool/rl/merged" / old).write_text("old")
-    run("eval.save_merged=[rl, Init]", f"eval.runs=[{tmp_path / 'other'}, {folder}]", f"run.dir={tmp_path / 'pool'}")
-    printed = capsys.readouterr().out
+    run(
+        "eval.save_merged=[rl, Init]",
+        f"eval.runs=[{tmp_path / 'other'}, {folder}]",
+        f"run.dir={tmp_path / 'pool'}",
+    )
+    printed = capsys.readouterr().err
     for arm, checkpoint in (("rl", "rl/step_4"), ("Init", "sft/step_1")):
         (written,) = (tmp_path / "pool" / arm / "merged").iterdir()
         assert written.read_text() == f"{tmp_path / 'other' / checkpoint} none bfloat16 cpu"
@@ -335,10 +504,19 @@ def test_unknown_arm_to_merge_is_named_before_anything_is_played(main):
 
 def test_arm_keeps_its_own_model_but_for_what_follows_the_machine(cfg, tmp_path):
     """Also one that was trained before some keys existed."""
-    own = {**vars(cfg.model), "max_new_tokens": 5, "path": "its/own", "sample_tokens": 7, "device": "cuda", "image_cache": 99.0}
+    own = {
+        **vars(cfg.model),
+        "max_new_tokens": 5,
+        "path": "its/own",
+        "sample_tokens": 7,
+        "device": "cuda",
+        "image_cache": 99.0,
+    }
     for key in ("random_init", "gradient_checkpointing", "memory"):
         del own[key]
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": own, "lora": {"r": 9}, "run": {"seed": 3}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"model": own, "lora": {"r": 9}, "run": {"seed": 3}})
+    )
     found = evaluation.arm_settings(tmp_path / "step_1", cfg)
     assert vars(found["model"]) == {**vars(cfg.model), "max_new_tokens": 5}
     assert vars(found["lora"]) == {"r": 9} and found["seed"] == 0
@@ -346,27 +524,18 @@ def test_arm_keeps_its_own_model_but_for_what_follows_the_machine(cfg, tmp_path)
     assert evaluation.arm_settings(tmp_path / "step_1", cfg)["seed"] == 3
 
 
-def test_what_never_occurs_is_a_dash(main, toy, capsys):
+def test_what_never_occurs_is_left_out(main, toy):
     """On a rail without a turn nobody turns: no value, no interval, no difference."""
     run, folder = main
     assert rails(toy, 1, 7, longest=1) == [["forward", "stop"]]
-    run("eval.variants={ID: {longest: 1}}", "eval.splits={all: 1}", "eval.temperatures=[0]", "eval.curve_n=0")
-    printed, saved = capsys.readouterr().out, (folder / "evaluation.json").read_text()
-    start, end = (printed.index(words) for words in ("forward / stop / turn", "all: success"))
-    shown = {line[4:20].strip(): line[20:52].split() for line in printed[start:end].splitlines()[2:7]}
-    never, always = "100.0 / 0.0 / -".split(), "100.0 / 100.0 / -".split()
-    assert shown == {"Init": never, "sft": never, "rl": always, "always forward": never, "expert": always}
-    turns = printed[printed.index("differences of turns"):printed.index("differences of success")].splitlines()[2:5]
-    assert [line.split()[-1] for line in turns] == ["-"] * 3
-    assert "nan" not in printed.lower() and "NaN" not in saved and "first_turn" not in saved
-
-
-def test_figure_speaks_of_the_leading_report(main, monkeypatch):
-    import matplotlib.pyplot as plt
-    run, _ = main
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    run()
-    figure = plt.gcf()
-    monkeypatch.undo()
-    assert [axis.get_ylabel() for axis in figure.axes] == [f"{v}\nper-step accuracy % (T = 0.2)" for v in ("ID", "long")]
-    plt.close(figure)
+    run(
+        "eval.variants={ID: {longest: 1}}",
+        "eval.splits={all: 1}",
+        "eval.temperatures=[0]",
+        "eval.curve_n=0",
+    )
+    assert all(
+        {"first_forward", "first_stop"} <= set(row["metrics"]) for row in saved(folder)["table"]
+    )
+    text = (folder / "evaluation.json").read_text()
+    assert '"first_turn": [' not in text and "NaN" not in text

@@ -1,62 +1,92 @@
-"""The mathematics of PPO over turns, of batching and of the bootstrap, against numbers worked out by hand."""
+"""The mathematics of PPO over turns, of batching and of the bootstrap, against numbers worked
+out by hand.
+"""
+
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import play
+from conftest import CONFIG, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
+from eval import Cell, cluster_weights, differences, interval
+from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
-from eval import cluster_weights, differences, interval
-from lib.batching import minibatches
-from rl import gae, ppo_loss, token_weights
-from lib.batching import Sequence, micro_batches, pack
-from lib.training import learning_rate
+from lib.training import Batch, Size, learning_rate, token_weights
 from policy import token_logprobs
+from rl import clipped_surrogate, gae, ppo_loss
+from rollout import Play, Rollout, collect, make_env, training_seeds
 
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 T, F = True, False
 
 
 def close(a, b, **tolerance):
-    torch.testing.assert_close(a, torch.as_tensor(b, dtype=a.dtype), **{"rtol": 1e-6, "atol": 1e-7, **tolerance})
+    torch.testing.assert_close(
+        a, torch.as_tensor(b, dtype=a.dtype), **{"rtol": 1e-6, "atol": 1e-7, **tolerance}
+    )
 
 
 # ---------------------------------------------------------------- gae
-REWARDS, VALUES = torch.tensor([1., 2., 3.]), torch.tensor([0.5, 1., 1.5])
+REWARDS, VALUES = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 1.0, 1.5])
 
 
-@pytest.mark.parametrize("dones, advantages", [  # gamma = lam = 0.5, so gamma * lam = 0.25, and V(s_T) = 2
-    # deltas 1 + 0.5*1 - 0.5 = 1, 2 + 0.5*1.5 - 1 = 1.75, 3 + 0.5*2 - 1.5 = 2.5
-    ([F, F, F], [1 + 0.25 * (1.75 + 0.25 * 2.5), 1.75 + 0.25 * 2.5, 2.5]),
-    # the last turn ends its episode: V(s_T) belongs to another one; delta 3 - 1.5 = 1.5
-    ([F, F, T], [1 + 0.25 * (1.75 + 0.25 * 1.5), 1.75 + 0.25 * 1.5, 1.5]),
-    # the second one does: delta 2 - 1 = 1, and the first turn sees nothing of the third
-    ([F, T, F], [1 + 0.25 * 1, 1, 2.5]),
-    ([T, T, T], [0.5, 1, 1.5])])
+@pytest.mark.parametrize(
+    "dones, advantages",
+    [  # gamma = lam = 0.5, so gamma * lam = 0.25, and V(s_T) = 2
+        # deltas 1 + 0.5*1 - 0.5 = 1, 2 + 0.5*1.5 - 1 = 1.75, 3 + 0.5*2 - 1.5 = 2.5
+        ([F, F, F], [1 + 0.25 * (1.75 + 0.25 * 2.5), 1.75 + 0.25 * 2.5, 2.5]),
+        # the last turn ends its episode: V(s_T) belongs to another one; delta 3 - 1.5 = 1.5
+        ([F, F, T], [1 + 0.25 * (1.75 + 0.25 * 1.5), 1.75 + 0.25 * 1.5, 1.5]),
+        # the second one does: delta 2 - 1 = 1, and the first turn sees nothing of the third
+        ([F, T, F], [1 + 0.25 * 1, 1, 2.5]),
+        ([T, T, T], [0.5, 1, 1.5]),
+    ],
+)
 def test_gae_by_hand(dones, advantages):
-    got, returns = gae(REWARDS, VALUES, torch.tensor(dones), torch.tensor(2.), 0.5, 0.5)
+    got, returns = gae(REWARDS, VALUES, torch.tensor(dones), torch.tensor(2.0), 0.5, 0.5)
     close(got, advantages)
     close(returns, torch.tensor(advantages) + VALUES)
 
 
 def test_gae_at_lambda_1_is_the_discounted_return():
     """Five answers of one hand, four wrong: R = -1 - 0.9 - 0.81 - 0.729 + 5 * 0.6561."""
-    _, returns = gae(torch.tensor([-1., -1, -1, -1, 5]), torch.randn(5), torch.tensor([F, F, F, F, T]), torch.tensor(9.), 0.9, 1.0)
+    _, returns = gae(
+        torch.tensor([-1.0, -1, -1, -1, 5]),
+        torch.randn(5),
+        torch.tensor([F, F, F, F, T]),
+        torch.tensor(9.0),
+        0.9,
+        1.0,
+    )
     close(returns[0], -0.1585, atol=1e-5)
 
 
 def test_gae_leaks_nothing_across_the_end_of_an_episode():
     dones = torch.tensor([F, T, F, F])
-    one, _ = gae(torch.tensor([1., 2, 3, 4]), torch.tensor([.1, .2, .3, .4]), dones, torch.tensor(5.), 0.9, 0.95)
-    two, _ = gae(torch.tensor([1., 2, -9, 8]), torch.tensor([.1, .2, 7., -3]), dones, torch.tensor(-6.), 0.9, 0.95)
+    one, _ = gae(
+        torch.tensor([1.0, 2, 3, 4]),
+        torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        dones,
+        torch.tensor(5.0),
+        0.9,
+        0.95,
+    )
+    two, _ = gae(
+        torch.tensor([1.0, 2, -9, 8]),
+        torch.tensor([0.1, 0.2, 7.0, -3]),
+        dones,
+        torch.tensor(-6.0),
+        0.9,
+        0.95,
+    )
     assert torch.equal(one[:2], two[:2]) and not torch.isclose(one[2:], two[2:]).any()
 
 
-def test_gae_of_many_tables_is_that_of_each():
+def test_gae_of_many_environments_is_that_of_each():
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 7, 5, generator=generator)
     dones, last = torch.rand(7, 5, generator=generator) < 0.3, torch.randn(5, generator=generator)
@@ -68,34 +98,121 @@ def test_gae_of_many_tables_is_that_of_each():
 
 @pytest.mark.parametrize("wrong", ["rewards", "values", "dones", "last_value"])
 def test_gae_refuses_shapes_that_differ(wrong):
-    given = {"rewards": torch.zeros(3, 2), "values": torch.zeros(3, 2), "dones": torch.zeros(3, 2, dtype=torch.bool),
-             "last_value": torch.zeros(2)}
+    given = {
+        "rewards": torch.zeros(3, 2),
+        "values": torch.zeros(3, 2),
+        "dones": torch.zeros(3, 2, dtype=torch.bool),
+        "last_value": torch.zeros(2),
+    }
     given[wrong] = given[wrong][:1]
     with pytest.raises(ValueError):
         gae(**given, gamma=0.9, lam=0.95)
 
 
 # ---------------------------------------------------------------- loss
-@pytest.mark.parametrize("ratio, advantage, loss, gradient, outside", [  # clip 0.1; gradient in log pi = -ratio * A or 0
-    (1.0, 3.0, -3.0, -3.0, 0), (1.05, 2.0, -2.1, -2.1, 0), (0.95, -2.0, 1.9, 1.9, 0),
-    (1.2, 2.0, -2.2, 0.0, 1),  # good and already likelier: no further
-    (1.2, -2.0, 2.4, 2.4, 1),  # bad and likelier: pushed back in full
-    (0.8, 2.0, -1.6, -1.6, 1), (0.8, -2.0, 1.8, 0.0, 1)])
-def test_ppo_loss_by_hand(ratio, advantage, loss, gradient, outside):
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, gradient, outside",
+    [  # clip 0.1; gradient in log pi = -ratio * A or 0
+        (1.0, 3.0, -3.0, -3.0, 0),
+        (1.05, 2.0, -2.1, -2.1, 0),
+        (0.95, -2.0, 1.9, 1.9, 0),
+        (1.2, 2.0, -2.2, 0.0, 1),  # good and already likelier: no further
+        (1.2, -2.0, 2.4, 2.4, 1),  # bad and likelier: pushed back in full
+        (0.8, 2.0, -1.6, -1.6, 1),
+        (0.8, -2.0, 1.8, 0.0, 1),
+    ],
+)
+def test_clipped_surrogate_by_hand(ratio, advantage, loss, gradient, outside):
     log_ratio = torch.tensor([math.log(ratio)], requires_grad=True)
-    got, clipped = ppo_loss(log_ratio, torch.tensor([advantage]), 0.1)
+    got, clipped = clipped_surrogate(log_ratio, torch.tensor([advantage]), 0.1)
     got.backward()
     close(got, loss, rtol=1e-5)
     close(log_ratio.grad, [gradient], rtol=1e-5)
     assert int(clipped) == outside
 
 
-def test_ppo_loss_is_a_sum_so_that_parts_add_up():
+def test_clipped_surrogate_is_a_sum_so_that_parts_add_up():
     log_ratio, advantages = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-    whole = ppo_loss(log_ratio, advantages, 0.1)
-    parts = [ppo_loss(log_ratio[i:j], advantages[i:j], 0.1) for i, j in ((0, 2), (2, 3), (3, 9))]
+    whole = clipped_surrogate(log_ratio, advantages, 0.1)
+    parts = [
+        clipped_surrogate(log_ratio[i:j], advantages[i:j], 0.1) for i, j in ((0, 2), (2, 3), (3, 9))
+    ]
     close(whole[0], sum(loss for loss, _ in parts), rtol=1e-5)
     assert int(whole[1]) == sum(int(n) for _, n in parts)
+
+
+def by_hand():
+    """Two turns of a minibatch of 4 turns and 10 tokens. The first has two tokens, of ratios
+    1.44 and 1.25: its own ratio is 1.2 * 1.25 = 1.5, since the first token weighs half. The
+    second has one token, of ratio 0.8.
+    """
+    new = torch.tensor([-1.0, -2.0, -3.0])
+    return {
+        "new": new.requires_grad_(),
+        "old": new.detach() - torch.tensor([1.44, 1.25, 0.8]).log(),
+        "start": new.detach() + torch.tensor([0.1, -0.2, 0.3]),
+        "weights": torch.tensor([0.5, 1, 1]),
+        "turn": torch.tensor([0, 0, 1]),
+        "advantages": torch.tensor([2.0, 3.0]),
+        "values": torch.tensor([1.0, 4.0], requires_grad=True),
+        "returns": torch.tensor([3.0, 3.0]),
+        "entropy": torch.tensor([0.2, 0.4, 0.9], requires_grad=True),
+        "size": Size(turns=4, tokens=10),
+    }
+
+
+def coefficients(**changes):
+    off = {"ratio": "turn", "clip": 0.1, "value_coef": 0, "entropy_coef": 0, "kl_coef": 0}
+    return SimpleNamespace(**{**off, **changes})
+
+
+def test_ppo_loss_by_hand():
+    """All terms at once; 4 is the minibatch's number of turns.
+
+    Surrogate: min(1.5 * 2, 1.1 * 2) = 2.2, clipped, and min(0.8 * 3, 0.9 * 3) = 2.4, not
+    clipped. Values: 4 + 1. Entropy of the turns: 0.3 + 0.9. KL: (0.01 + 0.04 + 0.09) / 2.
+    """
+    given = by_hand()
+    ppo = coefficients(value_coef=0.5, entropy_coef=0.1, kl_coef=2)
+    loss, sums = ppo_loss(**given, ppo=ppo)
+    close(loss, (-4.6 + 0.5 * 5 - 0.1 * 1.2 + 2 * 0.07) / 4, rtol=1e-5)
+    loss.backward()
+    # of the surrogate -ratio * A where it is not clipped; of the KL 2 * (new - start)
+    close(given["new"].grad, torch.tensor([-0.2, 0.4, -2.4 - 0.6]) / 4, rtol=1e-4)
+    close(given["values"].grad, torch.tensor([-2.0, 1.0]) / 4)
+    close(given["entropy"].grad, torch.tensor([-0.05, -0.05, -0.1]) / 4)
+    assert sums == pytest.approx(
+        {
+            "turns": 2,
+            "ratios": 2,
+            "clipped": 2,
+            "policy_loss": -4.6,
+            "value_loss": 5,
+            "entropy": 1.2,
+            "kl_start": 0.07,
+            "kl_old": 0.5 - math.log(1.5) - 0.2 - math.log(0.8),
+            "ratio_gap": 0.5 + 0.2,
+        },
+        rel=1e-4,
+    )
+
+
+def test_ppo_loss_of_tokens_by_hand():
+    """Mean over the minibatch's 10 tokens of min(1.44 * 2, 2.2) + min(1.25 * 2, 2.2) + 0.8 * 3
+    = 6.8; no weights.
+    """
+    given = by_hand()
+    loss, sums = ppo_loss(**given, ppo=coefficients(ratio="token"))
+    close(loss, -6.8 / 10, rtol=1e-5)
+    loss.backward()
+    close(given["new"].grad, [0, 0, -2.4 / 10], rtol=1e-4)
+    assert (sums["ratios"], sums["clipped"]) == (3, 3)
+
+
+def test_ppo_loss_without_a_start():
+    loss, sums = ppo_loss(**{**by_hand(), "start": None}, ppo=coefficients())
+    close(loss, -4.6 / 4, rtol=1e-5)
+    assert sums["kl_start"] == 0
 
 
 def test_token_logprobs_by_hand():
@@ -107,7 +224,7 @@ def test_token_logprobs_by_hand():
 
 
 def test_a_token_that_cannot_be_sampled_adds_nothing():
-    logits = torch.tensor([[0., 0., -math.inf]], requires_grad=True)
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
     chosen, entropy = token_logprobs(logits, torch.tensor([0]))
     (chosen + entropy).sum().backward()
     close(chosen, [-math.log(2)])
@@ -120,7 +237,11 @@ def test_learning_rate_by_hand():
     assert constant == pytest.approx([0.1, 0.2, 0.3, 0.4] + [0.4] * 6)
     cosine = [learning_rate(s, 14, 0.4, "cosine", 4) for s in range(15)]
     assert cosine[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert cosine[9] == pytest.approx(0.2) and cosine[14] == pytest.approx(1e-9) and cosine[4:] == sorted(cosine[4:])[::-1]
+    assert (
+        cosine[9] == pytest.approx(0.2)
+        and cosine[14] == pytest.approx(1e-9)
+        and cosine[4:] == sorted(cosine[4:])[::-1]
+    )
     assert learning_rate(0, 1, 0.4, "cosine") == pytest.approx(0.4)
 
 
@@ -130,7 +251,7 @@ def test_learning_rate_by_hand():
 def test_minibatches_hold_every_turn_once(sizes, wanted):
     packed, start = [], 0
     for size in sizes:
-        packed.append((Sequence([], []), list(range(start, start + size))))
+        packed.append(Packed(Sequence([], []), list(range(start, start + size))))
         start += size
     groups = minibatches(packed, wanted)
     assert [i for group in groups for _, members in group for i in members] == list(range(start))
@@ -140,10 +261,14 @@ def test_minibatches_hold_every_turn_once(sizes, wanted):
 
 
 def test_pack_joins_what_extends():
-    turns = [([1, 2], [3]), ([1, 2, 3, 4], [5, 6]), ([1, 2, 3, 4, 5, 6, 7], [8]),  # one conversation
-             ([1, 2, 9, 4], [5]),  # another one: it differs from what came before
-             ([1, 2], [3]),  # shorter than what came before
-             ([1, 2, 3], [4])]  # extends it by nothing: still the same conversation
+    turns = [
+        ([1, 2], [3]),
+        ([1, 2, 3, 4], [5, 6]),
+        ([1, 2, 3, 4, 5, 6, 7], [8]),  # one conversation
+        ([1, 2, 9, 4], [5]),  # another one: it differs from what came before
+        ([1, 2], [3]),  # shorter than what came before
+        ([1, 2, 3], [4]),
+    ]  # extends it by nothing: still the same conversation
     packed = pack([(Sequence(prompt, []), answer) for prompt, answer in turns])
     assert [members for _, members in packed] == [[0, 1, 2], [3], [4, 5]]
     assert packed[0][0] == Sequence([1, 2, 3, 4, 5, 6, 7, 8], [(2, 3), (4, 6), (7, 8)])
@@ -162,9 +287,12 @@ def test_micro_batches_lose_nothing_and_fit(lengths, limit):
 
 
 def test_token_weights_change_with_the_token_that_completes_the_key():
-    words = ['{"cards": [], ', '"for', 'mula', '": ', '"1+2"', ', "formula"']  # the key comes twice, the first counts
-    reader = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids))
-    weigh = lambda ids, w: token_weights(reader, SimpleNamespace(answer=ids), '"formula"', w).tolist()  # noqa: E731
+    # the key comes twice, the first counts
+    policy = reader('{"cards": [], ', '"for', "mula", '": ', '"1+2"', ', "formula"')
+
+    def weigh(ids, weight):
+        return token_weights(policy, SimpleNamespace(answer=ids), '"formula"', weight).tolist()
+
     assert weigh([0, 1, 2, 3, 4, 5], 0.5) == [0.5, 0.5, 0.5, 1, 1, 1]
     assert weigh([5, 4], 0.5) == [1, 1]
     assert weigh([0, 4, 4], 0.5) == [0.5] * 3  # it never comes
@@ -172,10 +300,131 @@ def test_token_weights_change_with_the_token_that_completes_the_key():
     assert weigh([0, 1, 2, 3], 0) == [0, 0, 0, 1]
 
 
+# ---------------------------------------------------------------- what an update compares with
+def reader(*words):
+    """A policy that decodes token i as words[i]."""
+    return SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids), exact=True)
+
+
+def test_a_key_is_found_in_the_text_not_in_the_tokens():
+    """A token may be half a character, shown as the replacement sign until its other half
+    follows.
+    """
+    halves = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    answer = list('ä"k"é'.encode())
+    assert answer[:2] == list("ä".encode()) and len(answer) == 7
+    weights = token_weights(halves, SimpleNamespace(answer=answer), '"k"', 0.5)
+    assert weights.tolist() == [0.5] * 4 + [1] * 3
+    weights = token_weights(halves, SimpleNamespace(answer=answer), "é", 0.5)
+    assert weights.tolist() == [0.5] * 6 + [1]
+
+
+def test_batch_by_hand():
+    """Advantages 1, 2, 3 have mean 2 and standard deviation 1; the log-probs sampled are the
+    old ones.
+    """
+    turns = [
+        SimpleNamespace(
+            slot=slot,
+            prompt=Sequence([slot], []),
+            answer=[0, 1],
+            logprobs=torch.tensor([-1.0, -2.0]) - slot,
+            value=float(slot),
+        )
+        for slot in range(3)
+    ]
+    ppo = SimpleNamespace(envs=3, normalize_advantages=True, prefix_weight=0.5, kl_coef=0)
+    advantages, returns = torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6])
+    batch = rl.prepare(reader("a", "key"), turns, advantages, returns, ppo, "key", None)
+    targets = batch.targets([batch.packed[2], batch.packed[0]], "cpu")
+    close(targets.advantages, [1, -1])
+    close(targets.returns, [6, 4])
+    close(targets.old, [-3, -4, -1, -2])
+    close(targets.weights, [0.5, 1, 0.5, 1])
+    assert targets.start is None and batch.size(batch.packed) == (3, 6)
+    ppo.normalize_advantages = False
+    close(
+        rl.prepare(reader("a", "key"), turns, advantages, returns, ppo, "key", None).advantages,
+        [1, 2, 3],
+    )
+
+
+def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
+    """Rewards 10 and 20 times 0.1; gamma 0.5, lambda 1: deltas 1 + 0.5 * 2 - 1 = 1 and 2 + 0.5
+    * 3 - 2 = 1.5.
+    """
+    given = Rollout(
+        ["one", "two"],
+        torch.tensor([[10.0], [20.0]]),
+        torch.tensor([[1.0], [2.0]]),
+        torch.tensor([[F], [F]]),
+        torch.tensor([3.0]),
+    )
+
+    class Seen(Exception):
+        pass
+
+    def seen(policy, turns, *numbers):
+        raise Seen(turns, *numbers[:2])
+
+    net = torch.nn.Linear(1, 1)
+    policy = SimpleNamespace(
+        device=torch.device("cpu"),
+        tokens={},
+        trainable=dict(net.named_parameters()),
+        value_head=torch.nn.Linear(1, 1),
+    )
+    monkeypatch.setattr(rl, "start_policy", lambda cfg: policy)
+    monkeypatch.setattr(rl, "collect", lambda *arguments: given)
+    monkeypatch.setattr(rl, "prepare", seen)
+    with pytest.raises(Seen) as stopped:
+        rl.main(
+            [
+                str(CONFIG),
+                f"run.dir={tmp_path}",
+                "ppo.reward_scale=0.1",
+                "ppo.gamma=0.5",
+                "ppo.lam=1",
+                "ppo.envs=1",
+                "ppo.turns=2",
+                "ppo.kl_coef=0",
+            ]
+        )
+    turns, advantages, returns = stopped.value.args
+    assert turns == given.turns
+    close(advantages, [1 + 0.5 * 1.5, 1.5])
+    close(returns, [1 + 1 + 0.5 * 1.5, 2 + 1.5])
+
+
+def test_collect_puts_turns_in_time_and_bootstraps_what_goes_on(free_policy, loaded):
+    """5 environments of at most 2 answers: after 3 turns some wait in mid-episode, others have
+    a new one.
+    """
+    game = Play([make_env(loaded[0].env, 2) for _ in range(5)], training_seeds(0))
+    bar = SimpleNamespace(set_description=lambda text: None)
+    rollout = collect(free_policy, game, 3, 0.7, torch.Generator().manual_seed(0), bar)
+    assert [turn.slot for turn in rollout.turns] == [*range(5)] * 3
+    for name in ("rewards", "values", "dones"):
+        assert getattr(rollout, name).shape == (3, 5)
+    for t in range(3):
+        for slot in range(5):
+            turn = rollout.turns[5 * t + slot]
+            numbers = [rollout.rewards[t, slot], rollout.values[t, slot], rollout.dones[t, slot]]
+            assert numbers == pytest.approx([turn.reward, turn.value, turn.done])
+    for slot in range(5):
+        ended = bool(rollout.dones[-1, slot])
+        assert (rollout.last_values[slot] == 0) == ended
+        if not ended:
+            alone = free_policy.values(free_policy.encode([game.episodes[slot].observation]))
+            close(rollout.last_values[slot], alone.item(), rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- one update of the mini model
 @pytest.fixture(scope="module")
 def free_policy(make_policy):
-    """With the value head's gradient reaching the model, so that all three losses meet in the same weights."""
+    """With the value head's gradient reaching the model, so that all three losses meet in the
+    same weights.
+    """
     return make_policy(value_detach=False)
 
 
@@ -185,10 +434,15 @@ def turns(free_policy, loaded):
 
 
 class Recorder:
-    """Stands in for the optimiser: keeps the gradients of every step and leaves the weights alone."""
+    """Stands in for the optimiser: keeps the gradients of every step and leaves the weights
+    alone.
+    """
 
     def __init__(self, policy):
-        self.parameters = {**policy.trainable, **{f"value_head.{n}": p for n, p in policy.value_head.named_parameters()}}
+        self.parameters = {
+            **policy.trainable,
+            **{f"value_head.{n}": p for n, p in policy.value_head.named_parameters()},
+        }
         self.steps = []
 
     def zero_grad(self):
@@ -196,18 +450,33 @@ class Recorder:
             parameter.grad = None
 
     def step(self):
-        self.steps.append({n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None})
+        self.steps.append(
+            {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
+        )
 
 
 def gradients(policy, turns, ppo, advantages=None, **changes):
-    """({name: gradient} of each optimiser step, logged statistics) of one update with unclipped gradients."""
-    vars(ppo).update({"envs": 5, "turns": 3, "epochs": 1, "minibatch": 999, "max_grad_norm": 1e9,
-                      "temperature": 0.7, "clip": 0.1, **changes})
+    """({name: gradient} of each optimiser step, logged statistics) of one update with unclipped
+    gradients.
+    """
+    vars(ppo).update(
+        {
+            "envs": 5,
+            "turns": 3,
+            "epochs": 1,
+            "minibatch": 999,
+            "max_grad_norm": 1e9,
+            "temperature": 0.7,
+            "clip": 0.1,
+            **changes,
+        }
+    )
     generator, recorder = torch.Generator().manual_seed(1), Recorder(policy)
     noise = torch.randn(2, len(turns), generator=generator)
     advantages = noise[0] if advantages is None else advantages
     start = {n: p * 1.1 for n, p in policy.snapshot().items()}
-    stats = rl.update(policy, recorder, turns, advantages, noise[1], ppo, '"formula"', start, generator)
+    batch = rl.prepare(policy, turns, advantages, noise[1], ppo, '"formula"', start)
+    stats = rl.update(policy, recorder, batch, ppo, generator)
     return recorder.steps, stats
 
 
@@ -215,15 +484,24 @@ def assert_same_gradients(a, b, rtol=1e-4):
     assert set(a) == set(b)
     for name in a:
         assert a[name].abs().max() > 0, name
-        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.parametrize("ratio", ["turn", "token"])
 def test_micro_batches_add_up_to_the_gradient_of_one_batch(free_policy, turns, cfg, ratio):
     """Old log-probs are moved, so that some ratios are clipped; every term of the loss is on."""
     generator = torch.Generator().manual_seed(0)
-    moved = [SimpleNamespace(**{**vars(t), "logprobs": t.logprobs + 0.05 * torch.randn(len(t.answer), generator=generator)})
-             for t in turns]
+    moved = [
+        SimpleNamespace(
+            **{
+                **vars(t),
+                "logprobs": t.logprobs + 0.05 * torch.randn(len(t.answer), generator=generator),
+            }
+        )
+        for t in turns
+    ]
     changes = {"ratio": ratio, "entropy_coef": 0.1, "kl_coef": 0.1, "value_coef": 0.5}
     (whole,), big = gradients(free_policy, moved, cfg.ppo, micro_tokens=10**6, **changes)
     (parts,), small = gradients(free_policy, moved, cfg.ppo, micro_tokens=1, **changes)
@@ -234,10 +512,21 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(free_policy, turns, c
 
 @pytest.mark.parametrize("ratio", ["turn", "token"])
 def test_first_step_is_the_policy_gradient(free_policy, turns, cfg, ratio):
-    """At ratio 1 PPO is REINFORCE: mean over turns of -A * weighted log-prob of the whole answer, or, per token,
-    mean over tokens of -A * log-prob; plus the value loss. Each turn is scored here on its own."""
-    (got,), stats = gradients(free_policy, turns, cfg.ppo, ratio=ratio, kl_coef=0, entropy_coef=0, value_coef=0.5,
-                              normalize_advantages=False, prefix_weight=0.5)
+    """At ratio 1 PPO is REINFORCE: mean over turns of -A * weighted log-prob of the whole
+    answer, or, per token, mean over tokens of -A * log-prob; plus the value loss. Each turn is
+    scored here on its own.
+    """
+    (got,), stats = gradients(
+        free_policy,
+        turns,
+        cfg.ppo,
+        ratio=ratio,
+        kl_coef=0,
+        entropy_coef=0,
+        value_coef=0.5,
+        normalize_advantages=False,
+        prefix_weight=0.5,
+    )
     noise = torch.randn(2, len(turns), generator=torch.Generator().manual_seed(1))
     recorder, loss, values = Recorder(free_policy), 0, 0
     recorder.zero_grad()
@@ -254,13 +543,21 @@ def test_first_step_is_the_policy_gradient(free_policy, turns, cfg, ratio):
 
 
 def test_every_epoch_trains_on_every_turn_once(free_policy, turns, cfg, monkeypatch):
-    seen, micro_step = [], rl.micro_step
-    monkeypatch.setattr(rl, "micro_step", lambda policy, group, *rest: (
-        seen.extend(i for _, members in group for i in members), micro_step(policy, group, *rest))[1])
-    steps, _ = gradients(free_policy, turns, cfg.ppo, epochs=3, minibatch=5, micro_tokens=100, kl_coef=0)
-    epochs = [seen[k:k + len(turns)] for k in range(0, len(seen), len(turns))]
+    seen, targets = [], Batch.targets
+
+    def spy(batch, packed, device):
+        seen.extend(turns_of(packed))
+        return targets(batch, packed, device)
+
+    monkeypatch.setattr(Batch, "targets", spy)
+    steps, _ = gradients(
+        free_policy, turns, cfg.ppo, epochs=3, minibatch=5, micro_tokens=100, kl_coef=0
+    )
+    epochs = [seen[k : k + len(turns)] for k in range(0, len(seen), len(turns))]
     assert [sorted(epoch) for epoch in epochs] == [list(range(len(turns)))] * 3
-    assert epochs[0] != epochs[1] != epochs[2] and len(steps) >= 6  # in another order each time, in several steps
+    assert (
+        epochs[0] != epochs[1] != epochs[2] and len(steps) >= 6
+    )  # in another order each time, in several steps
 
 
 def test_kl_to_the_start_counts(free_policy, turns, cfg):
@@ -272,36 +569,55 @@ def test_kl_to_the_start_counts(free_policy, turns, cfg):
 
 def test_loss_that_is_not_finite_stops_before_the_step(free_policy, turns, cfg):
     for name in ("lr", "minibatch"):  # whatever its cause
-        recorder = Recorder(free_policy)
+        recorder, advantages = Recorder(free_policy), torch.full((len(turns),), math.nan)
+        ppo = SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, name: 1})
+        batch = rl.prepare(
+            free_policy, turns, advantages, torch.zeros(len(turns)), ppo, '"formula"', None
+        )
         with pytest.raises(UserError, match="finite"):
-            rl.update(free_policy, recorder, turns, torch.full((len(turns),), math.nan), torch.zeros(len(turns)),
-                      SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, name: 1}), '"formula"', None,
-                      torch.Generator().manual_seed(0))
+            rl.update(free_policy, recorder, batch, ppo, torch.Generator().manual_seed(0))
         assert recorder.steps == []
 
 
 # ---------------------------------------------------------------- bootstrap
 def test_whole_clusters_are_drawn():
-    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0, 3/4 and 1."""
+    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0,
+    3/4 and 1.
+    """
     weights = cluster_weights(["b", "a", "b", "b"])
-    values = torch.tensor([1., 0, 1, 1])
-    assert weights.shape[1] == 4 and set(((weights @ values) / weights.sum(1)).tolist()) == {0, 0.75, 1}
+    values = torch.tensor([1.0, 0, 1, 1])
+    assert weights.shape[1] == 4 and set(((weights @ values) / weights.sum(1)).tolist()) == {
+        0,
+        0.75,
+        1,
+    }
     assert interval([(1, 1), (0, 1), (1, 1), (1, 1)], weights) == (0.75, 0, 1)
 
 
 def test_interval_of_a_ratio_of_sums():
-    """Clusters a = {1 of 2, 0 of 1} and b = {3 of 4}: aa 2/6, ab 4/7, bb 6/8, in 1/4, 1/2 and 1/4 of the resamples."""
+    """Clusters a = {1 of 2, 0 of 1} and b = {3 of 4}: aa 2/6, ab 4/7, bb 6/8, in 1/4, 1/2 and
+    1/4 of the resamples.
+    """
     pairs, weights = [(1, 2), (3, 4), (0, 1)], cluster_weights(["a", "b", "a"])
     value, low, high = interval(pairs, weights)
-    assert (value, low, high) == pytest.approx((4 / 7, 1 / 3, 3 / 4), abs=1e-6)  # the mean of shares would be 5/12
-    each = [interval(pairs, row[None]) for row in weights[:200]]  # one resample alone: its own ratio
+    assert (value, low, high) == pytest.approx(
+        (4 / 7, 1 / 3, 3 / 4), abs=1e-6
+    )  # the mean of shares would be 5/12
+    each = [
+        interval(pairs, row[None]) for row in weights[:200]
+    ]  # one resample alone: its own ratio
     assert all(low == high for _, low, high in each)
-    share = {r: sum(low == pytest.approx(r, abs=1e-6) for _, low, _ in each) / 200 for r in (1 / 3, 4 / 7, 3 / 4)}
+    share = {
+        r: sum(low == pytest.approx(r, abs=1e-6) for _, low, _ in each) / 200
+        for r in (1 / 3, 4 / 7, 3 / 4)
+    }
     assert sum(share.values()) == 1 and share[4 / 7] == pytest.approx(0.5, abs=0.1)
 
 
 def test_difference_of_ratios_by_hand():
-    """Arm a 1/2, b 3/4, base a 1/1, b 1/5: aa 1/2 - 1, ab 4/6 - 2/6, bb 3/4 - 1/5, not the ratio of any differences."""
+    """Arm a 1/2, b 3/4, base a 1/1, b 1/5: aa 1/2 - 1, ab 4/6 - 2/6, bb 3/4 - 1/5, not the
+    ratio of any differences.
+    """
     arm, base, weights = [(1, 2), (3, 4)], [(1, 1), (1, 5)], cluster_weights(["a", "b"])
     assert interval(arm, weights, base) == pytest.approx((1 / 3, -1 / 2, 0.55), abs=1e-6)
     assert interval(base, weights, arm) == pytest.approx((-1 / 3, -0.55, 1 / 2), abs=1e-6)
@@ -316,41 +632,66 @@ def test_resamples_in_which_nothing_was_asked_do_not_count():
 
 
 @FUZZ
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=2, max_size=30))
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=2, max_size=30)
+)
 def test_where_every_episode_counts_once_it_is_the_mean(episodes):
     one, two, clusters = zip(*episodes)
     weights, n = cluster_weights(clusters, resamples=50), len(episodes)
-    ones = lambda values: [(int(v), 1) for v in values]  # noqa: E731
-    for values, got in ((torch.tensor(one).float(), interval(ones(one), weights)),
-                        (torch.tensor(one).float() - torch.tensor(two).float(), interval(ones(one), weights, ones(two)))):
+
+    def ones(values):
+        return [(int(v), 1) for v in values]
+
+    for values, got in (
+        (torch.tensor(one).float(), interval(ones(one), weights)),
+        (
+            torch.tensor(one).float() - torch.tensor(two).float(),
+            interval(ones(one), weights, ones(two)),
+        ),
+    ):
         means = (weights @ values) / weights.sum(1)
-        close(torch.tensor(got), [values.sum().item() / n, *torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()])
+        close(
+            torch.tensor(got),
+            [
+                values.sum().item() / n,
+                *torch.quantile(means, torch.tensor([0.025, 0.975])).tolist(),
+            ],
+        )
 
 
 def test_one_cluster_has_no_width():
-    mean, low, high = interval([(0, 1), (1, 1), (1, 1), (0, 1), (1, 1)], cluster_weights(["same"] * 5))
+    mean, low, high = interval(
+        [(0, 1), (1, 1), (1, 1), (0, 1), (1, 1)], cluster_weights(["same"] * 5)
+    )
     assert mean == pytest.approx(0.6) and low == high == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("copies", [1, 4])
 def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
-    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every coin narrows nothing."""
+    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every
+    coin narrows nothing.
+    """
     values = [(int(i % 10 < 3), 1) for i in range(400) for _ in range(copies)]
-    mean, low, high = interval(values, cluster_weights([i for i in range(400) for _ in range(copies)]))
+    mean, low, high = interval(
+        values, cluster_weights([i for i in range(400) for _ in range(copies)])
+    )
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert mean == pytest.approx(0.3, abs=1e-5)
-    assert mean - low == pytest.approx(half, rel=0.1) and high - mean == pytest.approx(half, rel=0.1)
+    assert mean - low == pytest.approx(half, rel=0.1) and high - mean == pytest.approx(
+        half, rel=0.1
+    )
 
 
 def test_paired_difference_of_identical_arms_is_exactly_zero():
     def cell(solved):
-        return {"cluster": [i // 3 for i in range(100)],
-                "counts": {"first": [(0, 1), (1, 1)] * 50, "solved": [(int(ok), 1) for ok in solved]}}
+        counts = {"first": [(0, 1), (1, 1)] * 50, "solved": [(int(ok), 1) for ok in solved]}
+        return Cell([i // 3 for i in range(100)], counts)
 
     one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
     cells = {"a": one, "b": one, "c": two}
     e = SimpleNamespace(splits=["all"], variants={"ID": {}}, temperatures=[0.2])
     same, other = differences(lambda arm, *_: cells[arm], [("a", "b"), ("c", "a")], e)
-    assert same["metrics"] == {"first": [0, 0, 0], "solved": [0, 0, 0]}
-    mean, low, high = other["metrics"]["solved"]  # in points; the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
+    assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
+    mean, low, high = other["metrics"]["solved"]  # in points
+    # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
     assert mean == pytest.approx(1) and low == 0 and 2 < high < 5

@@ -1,9 +1,16 @@
-"""Whole runs at tiny settings through the scripts' own main(): repeatable, resumable at any moment, evaluated as one table."""
+"""Whole runs at tiny settings through the scripts' own main().
+
+They repeat, continue wherever they were stopped, and are evaluated as one table.
+"""
+
 import contextlib
+import copy
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,24 +26,47 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import eval as evaluation
+import report
 import rl
 import sft
+from lib import training
 from lib.runs import Run, checkpoints
 from lib.settings import UserError
 from lib.settings import override as override_one
-from rollout import make_env
 from policy import Policy
+from rollout import make_env
 
-TINY = ("sft.steps=5", "sft.init_step=2", "sft.save_every=2", "sft.batch_size=8", "ppo.init=sft/step_2", "ppo.updates=3",
-        "ppo.save_every=1", "ppo.temperature=0.7", "ppo.envs=6", "ppo.turns=2", "ppo.minibatch=4", "ppo.epochs=2",
-        "eval.splits={all: 8}", "eval.curve_n=4", "eval.batch_size=8", "eval.temperatures=[0.2, 0]")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts pytest in the background has it ignored
+TINY = (
+    "sft.steps=5",
+    "sft.init_step=2",
+    "sft.save_every=2",
+    "sft.batch_size=8",
+    "ppo.init=sft/step_2",
+    "ppo.updates=3",
+    "ppo.save_every=1",
+    "ppo.temperature=0.7",
+    "ppo.envs=6",
+    "ppo.turns=2",
+    "ppo.minibatch=4",
+    "ppo.epochs=2",
+    "eval.splits={all: 8}",
+    "eval.curve_n=4",
+    "eval.batch_size=8",
+    "eval.temperatures=[0.2, 0]",
+)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background ignores it
 MAIN = {"sft": sft.main, "rl": rl.main, "eval": evaluation.main}
 
 
+def run_report(folder):
+    report.main([str(folder)])
+
+
 def run(script, folder, *overrides, config=CONFIG, tiny=TINY):
-    """main() as `python script.py CONFIG ...` would call it. The tiny settings live in a YAML file, so that they do not
-    name the arm."""
+    """main() as `python script.py CONFIG ...` would call it.
+
+    The tiny settings live in a YAML file, so that they do not name the arm.
+    """
     settings = yaml.safe_load(config.read_text())
     for override in tiny:
         override_one(settings, override)
@@ -52,21 +82,31 @@ def lines(path):
 
 def log(folder, name="metrics"):
     """What a run logged, but for what depends on the machine's mood."""
-    return [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_gib")} for r in lines(folder / f"{name}.jsonl")]
+    records = lines(folder / f"{name}.jsonl")
+    for record in records:
+        record.pop("seconds", None)
+        record.pop("peak_memory_gib", None)
+    return records
+
+
+def numbers(folder, kind="step"):
+    return [number for number, _ in checkpoints(folder, kind)]
 
 
 def assert_same_run(one, two):
-    assert log(one) == log(two) and [n for n, _ in checkpoints(one)] == [n for n, _ in checkpoints(two)]
+    assert log(one) == log(two)
+    assert numbers(one) == numbers(two)
     assert_same_weights(one, two)
 
 
 def assert_same_weights(one, two):
     """Of the last checkpoints of two arms."""
-    (_, a), (_, b) = checkpoints(one)[-1], checkpoints(two)[-1]
-    weights = sorted(p.name for p in a.glob("*.safetensors"))
+    _, last = checkpoints(one)[-1]
+    _, other = checkpoints(two)[-1]
+    weights = list(last.glob("*.safetensors"))
     assert len(weights) == 2
-    for name in weights:
-        assert (a / name).read_bytes() == (b / name).read_bytes()
+    for path in weights:
+        assert path.read_bytes() == (other / path.name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -80,44 +120,58 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def after_sft(whole, tmp_path):
     """A fresh run directory that has the SFT arm already."""
-    shutil.copytree(whole / "sft", tmp_path / "run" / "sft")
-    return tmp_path / "run"
+    return ready_for("rl", whole, tmp_path)
+
+
+def ready_for(script, whole, tmp_path):
+    """A fresh run directory that has what the script starts from."""
+    folder = tmp_path / "run"
+    if script == "rl":
+        shutil.copytree(whole / "sft", folder / "sft")
+    return folder
 
 
 # ---------------------------------------------------------------- what a run leaves behind
 def test_sft_logs_every_step(whole):
     records = lines(whole / "sft" / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
-    assert [n for n, _ in checkpoints(whole / "sft")] == [2, 4, 5]  # every second, Init's and the last
+    assert numbers(whole / "sft") == [2, 4, 5]  # every second, Init's and the last
     assert all(math.isfinite(v) for r in records for k, v in r.items() if k != "tokens")
 
 
 def test_ppo_logs_what_its_docstring_says(whole):
-    records, text = lines(whole / "rl" / "metrics.jsonl"), " ".join(rl.__doc__.split())
-    assert [r["step"] for r in records] == [1, 2, 3] and [n for n, _ in checkpoints(whole / "rl")] == [1, 2, 3]
+    records = lines(whole / "rl" / "metrics.jsonl")
+    text = " ".join(rl.__doc__.split())
+    assert [r["step"] for r in records] == numbers(whole / "rl") == [1, 2, 3]
     for record in records:
         assert all(key in text for key in record if key != "step")
-        assert record["ratio_gap"] < 1e-4  # sampling and scoring agree, so that the first ratio is 1
+        assert record["ratio_gap"] < 1e-4  # sampling and scoring agree: the first ratio is 1
         assert math.isclose(sum(record["answers"].values()), 1, abs_tol=1e-3)
     first = lines(whole / "rl" / "transcripts.jsonl")[0]
     assert first["answer"] and first["reward"] in (5, -1, -2, -3) and first["attempt"] == 1
 
 
 def test_ppo_starts_from_init_and_its_compute(whole, after_sft):
-    """At learning rate 0 the arm ends as Init, at KL 0. Init's FLOPs are on its bill (X_RL of the paper's C.3)."""
+    """At learning rate 0 the arm ends as Init, at KL 0.
+
+    Init's FLOPs are on its bill (X_RL of the paper's C.3).
+    """
     run("rl", after_sft, "ppo.lr=0", "ppo.updates=1")
     (folder,) = after_sft.glob("rl-*")
-    end, init = (f / "adapter_model.safetensors" for f in (folder / "step_1", whole / "sft/step_2"))
-    assert end.read_bytes() == init.read_bytes()
-    (still,), (moving, *_) = log(folder), log(whole / "rl")
+    end = folder / "step_1" / "adapter_model.safetensors"
+    start = whole / "sft" / "step_2" / "adapter_model.safetensors"
+    assert end.read_bytes() == start.read_bytes()
+    (still,) = log(folder)
+    moving = log(whole / "rl")[0]
     assert abs(still["kl_start"]) < 1e-6 < moving["kl_start"]
     init = log(whole / "sft")[1]
-    assert still["tokens"]["train"] > init["tokens"]["train"] and still["gflops"] > init["gflops"]
+    train, inference = still["tokens"]["train"], still["tokens"]["inference"]
+    assert train > init["tokens"]["train"] and still["gflops"] > init["gflops"]
     n = init["gflops"] / 6 / init["tokens"]["train"]
-    assert still["gflops"] == pytest.approx(n * (6 * still["tokens"]["train"] + 2 * still["tokens"]["inference"]))
+    assert still["gflops"] == pytest.approx(n * (6 * train + 2 * inference))
 
 
-# ---------------------------------------------------------------- the same again, undisturbed or not
+# --------------------------------------------------------------- the same again, undisturbed or not
 def test_same_seed_same_numbers_and_other_seed_others(whole, after_sft, tmp_path):
     assert_same_run(run("sft", tmp_path / "again") / "sft", whole / "sft")
     assert_same_run(run("rl", after_sft) / "rl", whole / "rl")
@@ -126,104 +180,127 @@ def test_same_seed_same_numbers_and_other_seed_others(whole, after_sft, tmp_path
 
 
 def stop_after(monkeypatch, records, times=2):
-    """Ctrl-C right after that many lines of metrics: once, to save and stop, or twice, to stop at once."""
-    log_line, left = Run.log, [records]
+    """Ctrl-C after that many lines of metrics: once to save and stop, twice to stop at once."""
+    log_line = Run.log
+    logged = []
 
     def interrupted(self, name, record):
         log_line(self, name, record)
-        left[0] -= name == "metrics"
-        if not left[0] and name == "metrics":
+        if name != "metrics":
+            return
+        logged.append(record)
+        if len(logged) == records:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Run, "log", interrupted)
 
 
-def stop_in_checkpoint(monkeypatch, module, number):
-    """Ctrl-C in the middle of writing that checkpoint: the weights are there, the trainer's state is cut off."""
-    left = [number]
+def stop_in_checkpoint(monkeypatch, number):
+    """Ctrl-C while writing that checkpoint: the weights are there, the trainer's state cut off."""
+    save = training.save_state
+    folders = []
 
     def interrupted(folder, state):
-        left[0] -= 1
-        if not left[0]:
+        folders.append(folder)
+        if len(folders) == number:
             (folder / "trainer.pt").write_bytes(b"half")
             raise KeyboardInterrupt
         save(folder, state)
 
-    save = module.save_state
-    monkeypatch.setattr(module, "save_state", interrupted)
+    monkeypatch.setattr(training, "save_state", interrupted)
 
 
-STOPS = [("sft", "step", 1), ("sft", "step", 3), ("sft", "step", 4), ("sft", "checkpoint", 2),
-         ("rl", "step", 1), ("rl", "step", 3), ("rl", "checkpoint", 1), ("rl", "checkpoint", 2)]
+STOPS = [
+    ("sft", "step", 1),
+    ("sft", "step", 3),
+    ("sft", "step", 4),
+    ("sft", "checkpoint", 2),
+    ("rl", "step", 1),
+    ("rl", "step", 3),
+    ("rl", "checkpoint", 1),
+    ("rl", "checkpoint", 2),
+]
 
 
 @pytest.mark.parametrize("script, where, k", STOPS, ids=str)
-def test_stopped_and_continued_is_the_run_undisturbed(whole, tmp_path, monkeypatch, script, where, k):
-    """Stopped before the first checkpoint, between two, after one, and while writing one; save_every is 2 and 1."""
-    folder = tmp_path / "run"
-    if script == "rl":
-        shutil.copytree(whole / "sft", folder / "sft")
+def test_stopped_and_continued_is_the_run_undisturbed(
+    whole, tmp_path, monkeypatch, script, where, k
+):
+    """Stopped before the first checkpoint, between two, after one, and while writing one.
+
+    save_every is 2 steps of SFT and 1 update of PPO.
+    """
+    folder = ready_for(script, whole, tmp_path)
     with monkeypatch.context() as patch:
         if where == "step":
             stop_after(patch, k)
         else:
-            stop_in_checkpoint(patch, sys.modules[script], k)
+            stop_in_checkpoint(patch, k)
         with pytest.raises(KeyboardInterrupt):
             run(script, folder)
     run(script, folder)
     assert_same_run(folder / script, whole / script)
     if script == "rl":
         assert log(folder / "rl", "transcripts") == log(whole / "rl", "transcripts")
-    before = log(folder / script)
-    run(script, folder)  # a finished run has nothing left to do
-    assert log(folder / script) == before
+    finished = log(folder / script)
+    run(script, folder)  # nothing is left to do
+    assert log(folder / script) == finished
 
 
-@pytest.mark.parametrize("script, k, kept", [("sft", 3, [2]), ("sft", 4, [2, 4]), ("rl", 1, [])], ids=str)
+@pytest.mark.parametrize(
+    "script, k, kept", [("sft", 3, [2]), ("sft", 4, [2, 4]), ("rl", 1, [])], ids=str
+)
 def test_ctrl_c_once_saves_the_step_under_way(whole, tmp_path, monkeypatch, script, k, kept):
-    """Apart from the checkpoints that evaluation sees, and until the next of them; no step is done twice."""
-    folder = tmp_path / "run"
-    if script == "rl":
-        shutil.copytree(whole / "sft", folder / "sft")
+    """Apart from the checkpoints that evaluation sees, and until the next; no step is redone."""
+    folder = ready_for(script, whole, tmp_path)
+    arm = folder / script
     with monkeypatch.context() as patch:
         stop_after(patch, k, times=1)
         with pytest.raises(KeyboardInterrupt, match=f"stopped after .* {k};"):
             run(script, folder, "ppo.save_every=3")
-    assert [n for n, _ in checkpoints(folder / script)] == kept
-    assert [n for n, _ in checkpoints(folder / script, "stopped")] == ([] if k in kept else [k])
-    before = (folder / script / "metrics.jsonl").read_text()
+    assert numbers(arm) == kept
+    assert numbers(arm, "stopped") == ([] if k in kept else [k])
+    logged = (arm / "metrics.jsonl").read_text()
     run(script, folder, "ppo.save_every=3")
-    assert (folder / script / "metrics.jsonl").read_text().startswith(before)  # seconds too
-    assert log(folder / script) == log(whole / script) and not list((folder / script).glob("stopped_*"))
-    assert [n for n, _ in checkpoints(folder / script)] == {"sft": [2, 4, 5], "rl": [3]}[script]
-    assert_same_weights(folder / script, whole / script)
+    assert (arm / "metrics.jsonl").read_text().startswith(logged)  # seconds too
+    assert log(arm) == log(whole / script)
+    assert numbers(arm) == {"sft": [2, 4, 5], "rl": [3]}[script] and not numbers(arm, "stopped")
+    assert_same_weights(arm, whole / script)
 
 
-@pytest.mark.parametrize("script, unit, records, kept", [("sft", "step", 2, [2, 5]), ("rl", "update", 1, [3])])
+@pytest.mark.parametrize(
+    "script, unit, records, kept", [("sft", "step", 2, [2, 5]), ("rl", "update", 1, [3])]
+)
 def test_ctrl_c_in_a_real_process(whole, tmp_path, script, unit, records, kept):
-    folder, rarely = tmp_path / "run", ["sft.save_every=9", "ppo.save_every=9"]
-    metrics = folder / script / "metrics.jsonl"
-    if script == "rl":
-        shutil.copytree(whole / "sft", folder / "sft")
-    command = [sys.executable, f"{script}.py", str(whole.parent / "tiny.yaml"), f"run.dir={folder}", *rarely]
+    folder = ready_for(script, whole, tmp_path)
+    arm = folder / script
+    metrics = arm / "metrics.jsonl"
+    rarely = ["sft.save_every=9", "ppo.save_every=9"]
+    settings = [str(whole.parent / "tiny.yaml"), f"run.dir={folder}", *rarely]
+    command = [sys.executable, f"{script}.py", *settings]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (metrics.exists() and len(lines(metrics)) >= records):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1].splitlines()
     last = len(lines(metrics))
-    assert (process.returncode, said) == (130, [f"finishing this {unit}, then saving; Ctrl-C again stops at once",
-                                                f"stopped after {unit} {last}; run the same command again to continue"])
-    assert last in {n for kind in ("step", "stopped") for n, _ in checkpoints(folder / script, kind)}
+    assert process.returncode == 130
+    assert said == [
+        f"finishing this {unit}, then saving; Ctrl-C again stops at once",
+        f"stopped after {unit} {last}; run the same command again to continue",
+    ]
+    assert last in numbers(arm) + numbers(arm, "stopped")
     run(script, folder, *rarely)
-    assert log(folder / script) == log(whole / script) and not list((folder / script).glob("stopped_*"))
-    assert [n for n, _ in checkpoints(folder / script)] == kept
+    assert log(arm) == log(whole / script)
+    assert numbers(arm) == kept and not numbers(arm, "stopped")
 
 
 def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch):
-    """Moved, started from another working directory and with the model elsewhere. Its state holds nothing of a device's: no
-    random stream."""
+    """Moved, started from another working directory and with the model elsewhere.
+
+    Its state holds nothing of a device's: no random stream.
+    """
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
@@ -234,7 +311,8 @@ def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch)
     shutil.copytree(ROOT / "mini" / "gp", "weights")
     run("rl", Path("moved"), "model.path=./weights")
     assert_same_run(Path("moved/rl"), whole / "rl")
-    assert set(torch.load("moved/rl/step_3/trainer.pt", weights_only=True)) == {"optimizer", "tokens", "gflops", "play"}
+    state = torch.load("moved/rl/step_3/trainer.pt", weights_only=True)
+    assert set(state) == {"optimizer", "tokens", "gflops", "play"}
 
 
 @pytest.mark.gpu
@@ -247,11 +325,13 @@ def test_run_moves_from_cpu_to_gpu_and_back(whole, after_sft, tmp_path, monkeypa
             with pytest.raises(KeyboardInterrupt):
                 run(script, folder, f"model.device={device}")
     run(script, folder)
-    records = log(folder / script)
-    assert [r["step"] for r in records] == [r["step"] for r in log(whole / script)] and all(map(finite, records))
-    assert records[0] == log(whole / script)[0]
+    records, expected = log(folder / script), log(whole / script)
+    assert [r["step"] for r in records] == [r["step"] for r in expected]
+    assert all(finite(record) for record in records)
+    assert records[0] == expected[0]
     if script == "sft":  # the same hands whatever the device; the GPU draws other answers
-        assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in log(whole / script)], rel=0.05)
+        losses = [r["loss"] for r in expected]
+        assert [r["loss"] for r in records] == pytest.approx(losses, rel=0.05)
 
 
 def test_how_often_it_saves_may_change_on_the_way(whole, tmp_path, monkeypatch):
@@ -264,38 +344,69 @@ def test_how_often_it_saves_may_change_on_the_way(whole, tmp_path, monkeypatch):
     assert log(tmp_path / "run" / "sft") == log(whole / "sft")
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [".", "tests"]
+import test_runs
+from lib import training
+save = training.save_state
+
+def killed(folder, state):
+    if folder.name == ".tmp_new_step_4":
+        (folder / "trainer.pt").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(folder, state)
+
+training.save_state = killed
+test_runs.run("sft", Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.slow
 def test_killed_while_writing_a_checkpoint(whole, tmp_path):
-    code = ("import os, signal, sys; sys.path[:0] = ['.', 'tests']; import sft, test_runs; from pathlib import Path\n"
-            "def kill(folder, state): (folder / 'trainer.pt').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "save, sft.save_state = sft.save_state, lambda f, s: kill(f, s) if f.name == '.tmp_new_step_4' else save(f, s)\n"
-            f"test_runs.run('sft', Path({str(tmp_path / 'run')!r}))")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=600).returncode == -9
-    assert [n for n, _ in checkpoints(tmp_path / "run" / "sft")] == [2] and (tmp_path / "run/sft/.tmp_new_step_4").is_dir()
-    run("sft", tmp_path / "run")
-    assert_same_run(tmp_path / "run" / "sft", whole / "sft")
+    folder = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], cwd=ROOT, timeout=600)
+    assert done.returncode == -9
+    assert numbers(folder / "sft") == [2]
+    assert (folder / "sft" / ".tmp_new_step_4").is_dir()
+    run("sft", folder)
+    assert_same_run(folder / "sft", whole / "sft")
 
 
 # ---------------------------------------------------------------- out of memory
-@pytest.mark.parametrize("script, place, said", [
-    ("sft", "Policy", "loading the model: it needs a larger machine"), ("rl", "Policy", "loading the model: it needs"),
-    ("sft", "train_step", r"training: lower sft.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
-    ("rl", "rollout", r"sampling: lower model.sample_tokens \(4096\) or set model.merge_for_sam"),
-    ("rl", "update", r"training: lower ppo.micro_tokens \(1024\) or set model.gradient_checkpointing=true;"),
-    ("eval", "Policy", "loading the model: it needs"), ("eval", "evaluate", r"sampling: lower model.sample_tokens \(4096\) or lower eval.batch_size \(8\) or set")])
+LOADING = "loading the model: it needs a larger machine"
+SAMPLING = "sampling: lower model.sample_tokens (4096) or "
+TRAINING = "training: lower {}.micro_tokens (1024) or set model.gradient_checkpointing=true;"
+
+
+@pytest.mark.parametrize(
+    "script, place, said",
+    [
+        ("sft", "Policy", LOADING),
+        ("rl", "Policy", LOADING),
+        ("eval", "Policy", LOADING),
+        ("sft", "train_step", TRAINING.format("sft")),
+        ("rl", "update", TRAINING.format("ppo")),
+        ("rl", "collect", SAMPLING + "set model.merge_for_sampling=false"),
+        ("eval", "evaluate", SAMPLING + "lower eval.batch_size (8) or set"),
+    ],
+)
 def test_out_of_memory_is_a_user_error(after_sft, monkeypatch, script, place, said):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
     monkeypatch.setattr(sys.modules[MAIN[script].__module__], place, full)
-    with pytest.raises(UserError, match=f"out of memory while {said}") as error:
-        run(script, after_sft, *["sft.steps=6"] * (script == "sft"))
+    more = ["sft.steps=6"] if script == "sft" else []  # else nothing is left to do
+    with pytest.raises(UserError, match=re.escape(f"out of memory while {said}")) as error:
+        run(script, after_sft, *more)
     assert "\n" not in str(error.value)
 
 
 def test_after_an_allocation_that_failed_the_run_continues(whole, tmp_path, monkeypatch):
     """Torch's own error, from the CPU's allocator, in the fourth step."""
-    score, calls = Policy.score, []
+    score = Policy.score
+    calls = []
 
     def greedy(self, *args):
         calls.append(torch.empty(2**50 if len(calls) == 3 else 1, dtype=torch.uint8))
@@ -305,38 +416,53 @@ def test_after_an_allocation_that_failed_the_run_continues(whole, tmp_path, monk
         patch.setattr(Policy, "score", greedy)
         with pytest.raises(UserError, match="sft.micro_tokens .*last checkpoint is intact"):
             run("sft", tmp_path / "run")
-    assert [n for n, _ in checkpoints(tmp_path / "run" / "sft")] == [2]
+    assert numbers(tmp_path / "run" / "sft") == [2]
     run("sft", tmp_path / "run")
     assert_same_run(tmp_path / "run" / "sft", whole / "sft")
 
 
-# ---------------------------------------------------------------- the settings that the paper varies
+# --------------------------------------------------------------- the settings that the paper varies
 def finite(value):
-    return all(map(finite, value.values())) if isinstance(value, dict) else value is None or math.isfinite(value)
+    if isinstance(value, dict):
+        return all(finite(item) for item in value.values())
+    return value is None or math.isfinite(value)
 
 
-@pytest.mark.parametrize("overrides", [
-    ["ppo.ratio=token"], ["ppo.kl_coef=0"], ["ppo.value_hidden=[8]"], ["ppo.value_detach=false"], ["ppo.verify_iters=1"],
-    ["ppo.entropy_coef=0.01", "ppo.schedule=cosine"], ["ppo.envs=1", "ppo.turns=1"],
-    ["ppo.init=none", "ppo.normalize_advantages=false"]], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["ppo.ratio=token"],
+        ["ppo.kl_coef=0"],
+        ["ppo.value_hidden=[8]"],
+        ["ppo.value_detach=false"],
+        ["ppo.verify_iters=1"],
+        ["ppo.entropy_coef=0.01", "ppo.schedule=cosine"],
+        ["ppo.envs=1", "ppo.turns=1"],
+        ["ppo.init=none", "ppo.normalize_advantages=false"],
+    ],
+    ids=str,
+)
 def test_variants_of_ppo_run(after_sft, overrides):
     run("rl", after_sft, "ppo.updates=1", *overrides)
     (folder,) = after_sft.glob("rl-*")
     (record,) = lines(folder / "metrics.jsonl")
     assert finite(record), record
-    assert [n for n, _ in checkpoints(folder)] == [1]
+    assert numbers(folder) == [1]
     if overrides == ["ppo.verify_iters=1"]:
         assert record["first_attempt"] == record["success"]
         assert all(r["attempt"] == 1 for r in lines(folder / "transcripts.jsonl"))
 
 
 def test_example_after_mistakes(cfg):
-    """The prompt holds the wrong attempts and the verifier's texts, the expert has the last word and is right."""
-    env, lengths = make_env(cfg.env, 3), set()
+    """The prompt holds wrong attempts and the verifier's texts; the expert's last word is right."""
+    env = make_env(cfg.env, 3)
+    lengths = set()
     for seed in range(30):
         obs, answer = sft.example(env, seed, 2)
         messages = obs["messages"]
-        assert obs["image"] is None and [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) + ["user"]
+        assert obs["image"] is None
+        assert all(m["role"] == "user" for m in messages[::2])
+        assert all(m["role"] == "assistant" for m in messages[1::2])
         assert all(m["content"].startswith("You failed this trial: ") for m in messages[2::2])
         assert env.step(answer)[1] == 5
         assert sft.example(env, seed, 2) == (obs, answer)
@@ -348,11 +474,13 @@ def test_example_after_mistakes(cfg):
 def test_sft_on_mistakes_runs(tmp_path):
     run("sft", tmp_path / "run", "sft.mistakes=2", "sft.steps=2")
     (folder,) = (tmp_path / "run").glob("sft*")
-    assert folder.name == "sft-sft.mistakes=2-sft.steps=2" and len(lines(folder / "metrics.jsonl")) == 2
+    assert folder.name == "sft-sft.mistakes=2-sft.steps=2"
+    assert len(lines(folder / "metrics.jsonl")) == 2
 
 
 def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):
-    full = ["lora=null", "model.quantization=none", "sft.lr=1e-4", "sft.steps=3", "sft.save_every=1"]
+    full = ["lora=null", "model.quantization=none"]
+    full += ["sft.lr=1e-4", "sft.steps=3", "sft.save_every=1"]
     run("sft", tmp_path / "whole", *full)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
@@ -361,20 +489,24 @@ def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):
     run("sft", tmp_path / "parts", *full)
     (one,), (two,) = ((tmp_path / name).glob("sft*") for name in ("whole", "parts"))
     assert_same_run(one, two)
-    base, tuned = load_file(ROOT / "mini/gp/model.safetensors"), load_file(one / "step_3/model.safetensors")
+    base = load_file(ROOT / "mini/gp/model.safetensors")
+    tuned = load_file(one / "step_3/model.safetensors")
     assert set(base) == set(tuned)
-    assert any(not torch.equal(base[n].float(), tuned[n].float()) for n in base if "embed_tokens" in n)
-    run("rl", tmp_path / "whole", *full, "ppo.updates=1", f"ppo.init={one.name}/step_2", "ppo.lr=1e-6")
+    embeddings = [name for name in base if "embed_tokens" in name]
+    assert any(not torch.equal(base[n].float(), tuned[n].float()) for n in embeddings)
+    one_update = ["ppo.updates=1", f"ppo.init={one.name}/step_2", "ppo.lr=1e-6"]
+    run("rl", tmp_path / "whole", *full, *one_update)
 
 
 # ---------------------------------------------------------------- evaluation
 @pytest.fixture(scope="module")
 def evaluated(whole, tmp_path_factory):
-    """(run directory, what eval.py printed)."""
+    """(run directory, what report.py printed of its evaluation)."""
     folder, printed = tmp_path_factory.mktemp("evaluated") / "run", io.StringIO()
     shutil.copytree(whole, folder)
+    run("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
@@ -388,7 +520,8 @@ def no_model(monkeypatch):
 
 def test_evaluation_shows_every_arm(evaluated):
     folder, printed = evaluated
-    for word in ("Init", "sft", "rl", "ID", "rule OOD", "greedy", "T = 0.2", "rl - Init", "sft - Init", "rl - sft"):
+    arms = ("Init", "sft", "rl", "rl - Init", "sft - Init", "rl - sft")
+    for word in (*arms, "ID", "rule OOD", "greedy", "T = 0.2"):
         assert word in printed
     report = json.loads((folder / "evaluation.json").read_text())
     assert len(report["table"]) == 2 * 2 * 3 and all(r["n"] == 8 for r in report["table"])
@@ -409,16 +542,25 @@ def test_arms_play_the_same_hands_at_equal_compute(evaluated):
     assert all(len(c) >= 3 and all(x == c[0] for x in c) for c in hands.values())  # paired
     assert len({str(c[0]) for c in hands.values()}) == len(hands)
     report = json.loads((folder / "evaluation.json").read_text())
-    available = {p: torch.load(p / "trainer.pt", weights_only=True)["gflops"] for _, p in checkpoints(folder / "sft")}
-    assert report["gflops"]["sft"] == min(available.values(), key=lambda g: abs(g - report["gflops"]["rl"]))
-    assert report["gflops"]["Init"] == available[folder / "sft/step_2"]
+    available = {}
+    for number, path in checkpoints(folder / "sft"):
+        available[number] = torch.load(path / "trainer.pt", weights_only=True)["gflops"]
+    budget = report["gflops"]["rl"]
+    assert report["gflops"]["sft"] == min(available.values(), key=lambda g: abs(g - budget))
+    assert report["gflops"]["Init"] == available[2]
 
 
 def test_second_evaluation_plays_nothing_and_says_the_same(evaluated, no_model, capsys):
     folder, printed = evaluated
     before = (folder / "evaluations.jsonl").read_bytes()
     run("eval", folder)
-    assert capsys.readouterr().out == printed and (folder / "evaluations.jsonl").read_bytes() == before
+    run_report(folder)
+    assert capsys.readouterr().out == printed
+    assert (folder / "evaluations.jsonl").read_bytes() == before
+
+
+def table_lines(printed):
+    return [line for line in printed.splitlines() if "written" not in line]
 
 
 def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
@@ -428,31 +570,49 @@ def test_stopped_evaluation_continues(evaluated, tmp_path, capsys):
     cells = (folder / "evaluations.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "run" / "evaluations.jsonl").write_text("".join(cells[:-2]) + cells[-2][:40])
     run("eval", tmp_path / "run")
-    table = lambda text: [line for line in text.splitlines() if "written" not in line]  # noqa: E731
-    assert table(capsys.readouterr().out) == table(printed)
+    run_report(tmp_path / "run")
+    again = capsys.readouterr().out
+    assert table_lines(again) == table_lines(printed)
     again = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
     assert sorted(again) == sorted(c.strip() for c in cells)
 
 
 def test_pooled_runs_join_their_hands(evaluated, tmp_path, no_model, capsys):
-    """The same run twice: same means, twice the hands, and no tighter an interval where clusters are the same."""
+    """The same run twice: same means, twice the hands, and no tighter an interval.
+
+    Where clusters are the same, there is nothing to tighten it.
+    """
     folder, _ = evaluated
     shutil.copytree(folder, tmp_path / "b")
     run("eval", tmp_path / "pool", f"eval.runs=[{folder}, {tmp_path / 'b'}]")
-    one, two = (json.loads((f / "evaluation.json").read_text())["table"] for f in (folder, tmp_path / "pool"))
+    one = json.loads((folder / "evaluation.json").read_text())["table"]
+    two = json.loads((tmp_path / "pool" / "evaluation.json").read_text())["table"]
     for a, b in zip(one, two):
         assert (2 * a["n"], a["arm"]) == (b["n"], b["arm"])
         for name, values in a["metrics"].items():
             assert values == pytest.approx(b["metrics"][name], abs=1e-3)
 
 
-@pytest.mark.parametrize("overrides, named", [
-    (["eval.splits={everything: 8}"], "everything"), (["eval.splits={}"], "eval.splits"),
-    (["eval.temperatures=[]"], "eval.temperatures"), (["eval.variants={}"], "eval.variants"),
-    (["eval.variants={ID: 5}"], "ID"), (["eval.variants={ID: {rul: ten}}"], "rule"),
-    (["eval.variants={ID: {rule: eleven}}"], "rule"), (["ppo.init=sft/step_99"], "step_99"),
-    (["env.name=chess"], "chess"), (["env.nam=gp"], "env.nam"), (["env.name=[]"], "env.name"), (["env.5=1"], "env.5"),
-    (["env.verify_iters=2"], "verify_iters"), (["eval.runs=[nowhere]"], "nowhere")], ids=str)
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["eval.splits={everything: 8}"], "everything"),
+        (["eval.splits={}"], "eval.splits"),
+        (["eval.temperatures=[]"], "eval.temperatures"),
+        (["eval.variants={}"], "eval.variants"),
+        (["eval.variants={ID: 5}"], "ID"),
+        (["eval.variants={ID: {rul: ten}}"], "rule"),
+        (["eval.variants={ID: {rule: eleven}}"], "rule"),
+        (["ppo.init=sft/step_99"], "step_99"),
+        (["env.name=chess"], "chess"),
+        (["env.nam=gp"], "env.nam"),
+        (["env.name=[]"], "env.name"),
+        (["env.5=1"], "env.5"),
+        (["env.verify_iters=2"], "verify_iters"),
+        (["eval.runs=[nowhere]"], "nowhere"),
+    ],
+    ids=str,
+)
 def test_bad_evaluation_settings_are_user_errors(evaluated, no_model, overrides, named):
     with pytest.raises(UserError, match=named) as error:
         run("eval", evaluated[0], *overrides)
@@ -468,25 +628,34 @@ def test_evaluation_of_nothing_is_a_user_error(tmp_path, no_model):
 # ---------------------------------------------------------------- merged weights
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "all parameters"])
 def test_merged_arm_is_a_model_folder_for_any_program(cfg, raw, make_policy, tmp_path, full):
-    """LoRA is added to the 16-bit weights, not to what is left of them in NF4. In fp32 that is exactly the adapter. bfloat16
-    rounds each weight by at most 2^-9, 0.08 % rms: over the 42 matmuls on the way, in quadrature, 0.5 % of the logits."""
+    """LoRA is added to the 16-bit weights, not to what is left of them in NF4.
+
+    In fp32 that is exactly the adapter. bfloat16 rounds each weight by at most 2^-9, 0.08 % rms:
+    over the 42 matmuls on the way, in quadrature, 0.5 % of the logits.
+    """
     plain = {"quantization": "none", "dtype": "float32", "full": full}
     policy, start = make_policy(3, **plain), make_policy(0, **plain)
     if full:
         for parameter in policy.trainable.values():
-            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+        raw["lora"] = None
+    raw["model"]["quantization"] = "none" if full else "nf4"
     checkpoint, folder = tmp_path / "rl" / "step_1", tmp_path / "out" / "rl" / "merged"
     checkpoint.mkdir(parents=True)
     policy.save(checkpoint)
-    (checkpoint.parent / "config.yaml").write_text(yaml.safe_dump({
-        **raw, "lora": None if full else raw["lora"], "model": {**raw["model"], "quantization": "none" if full else "nf4"}}))
+    (checkpoint.parent / "config.yaml").write_text(yaml.safe_dump(raw))
     ids = torch.tensor([policy.encode_answers(["the cards are a jack, 3, 5 and 9"])[0]])
     with torch.no_grad():
         logits = [p.net(input_ids=ids).logits for p in (policy, start)]  # (1, T, V) each
     evaluation.save_merged(checkpoint, cfg, folder)
     policy.save_merged(tmp_path / "exact")
-    assert AutoProcessor.from_pretrained(folder).tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-    for place, dtype, tolerance in ((folder, torch.bfloat16, 0.01), (tmp_path / "exact", torch.float32, 1e-5)):
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    for place, dtype, tolerance in (
+        (folder, torch.bfloat16, 0.01),
+        (tmp_path / "exact", torch.float32, 1e-5),
+    ):
         merged = AutoModelForImageTextToText.from_pretrained(place, dtype="auto")
         assert merged.dtype == dtype
         with torch.no_grad():
@@ -495,10 +664,22 @@ def test_merged_arm_is_a_model_folder_for_any_program(cfg, raw, make_policy, tmp
     assert (logits[0] - logits[1]).std() > 0.1 * logits[0].std()  # else there was nothing to merge
 
 
-# ---------------------------------------------------------------- pictures (GP-VL), from SFT to the table
-TINY_PICTURES = (*TINY, "sft.steps=3", "sft.init_step=1", "sft.save_every=1", "sft.batch_size=4", "ppo.init=sft/step_1",
-                 "ppo.updates=2", "ppo.envs=4", "ppo.verify_iters=3", "eval.splits={all: 6, unseen: 4}", "eval.curve_n=2",
-                 "eval.verify_iters=2", "eval.temperatures=[0.2]")
+# ---------------------------------------------------------------- pictures (GP-VL)
+TINY_PICTURES = (
+    *TINY,
+    "sft.steps=3",
+    "sft.init_step=1",
+    "sft.save_every=1",
+    "sft.batch_size=4",
+    "ppo.init=sft/step_1",
+    "ppo.updates=2",
+    "ppo.envs=4",
+    "ppo.verify_iters=3",
+    "eval.splits={all: 6, unseen: 4}",
+    "eval.curve_n=2",
+    "eval.verify_iters=2",
+    "eval.temperatures=[0.2]",
+)
 
 
 def run_pictures(script, folder, *overrides):
@@ -507,23 +688,29 @@ def run_pictures(script, folder, *overrides):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """(run directory of an SFT and a PPO run on pictures, what eval.py printed)."""
+    """(run directory of an SFT and a PPO run on pictures, what report.py printed)."""
     folder, printed = tmp_path_factory.mktemp("seeing") / "run", io.StringIO()
     run_pictures("sft", folder)
     run_pictures("rl", folder)
+    run_pictures("eval", folder)
     with contextlib.redirect_stdout(printed):
-        run_pictures("eval", folder)
+        run_report(folder)
     return folder, printed.getvalue()
 
 
 def test_runs_on_pictures_log_recognition_and_the_compute_of_seeing(seeing):
     folder, _ = seeing
-    supervised, updates = lines(folder / "sft" / "metrics.jsonl"), lines(folder / "rl" / "metrics.jsonl")
-    assert [r["step"] for r in supervised] == [1, 2, 3] and [r["step"] for r in updates] == [1, 2]
-    assert all(math.isfinite(r["loss"]) and r["tokens"]["train_patches"] == 4 * 65 * r["step"] for r in supervised)
+    supervised = lines(folder / "sft" / "metrics.jsonl")
+    updates = lines(folder / "rl" / "metrics.jsonl")
+    assert [r["step"] for r in supervised] == [1, 2, 3]
+    assert [r["step"] for r in updates] == [1, 2]
+    for record in supervised:
+        assert math.isfinite(record["loss"])
+        assert record["tokens"]["train_patches"] == 4 * 65 * record["step"]
+    categories = {"correct", "wrong_value", "wrong_numbers", "illegal", "misread"}
     for record in updates:
         assert 0 <= record["recognition"] <= 1 and record["ratio_gap"] < 3e-4
-        assert set(record["answers"]) <= {"correct", "wrong_value", "wrong_numbers", "illegal", "misread"}
+        assert set(record["answers"]) <= categories
         assert record["first_attempt"] <= record["recognition"]  # gate: nothing is solved unread
         assert record["tokens"]["inference_patches"] > 0
     for now, before in zip(updates[1:], updates):
@@ -537,27 +724,41 @@ def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
     report = json.loads((folder / "evaluation.json").read_text())
     variants = ("ID", "rule OOD", "visual OOD")
     arms = {"Init": 0.2, "sft": 0.2, "rl": 0.2, "likeliest cards": None}
-    assert len(report["table"]) == 2 * 3 * 4  # splits x variants x arms and the reference, one temperature
-    assert {(r["split"], r["variant"], r["arm"], r["temperature"]) for r in report["table"]} == {
-        (s, v, a, t) for s in ("all", "unseen") for v in variants for a, t in arms.items()}
+    assert len(report["table"]) == 2 * 3 * 4  # splits x variants x arms and the reference
+    rows = {(r["split"], r["variant"], r["arm"], r["temperature"]) for r in report["table"]}
+    cells = itertools.product(("all", "unseen"), variants, arms.items())
+    assert rows == {(split, variant, *arm) for split, variant, arm in cells}
     assert len(report["differences"]) == 2 * 3 * 3  # two against Init and one against SFT
     for row in report["table"] + report["differences"]:
         lowest = -100 if "base" in row else 0
         for mean, low, high in row["metrics"].values():
             assert lowest - 1e-3 <= low <= mean + 1e-3 and mean - 1e-3 <= high <= 100.001
     for row in report["table"]:
-        assert row["metrics"]["first"][0] <= row["metrics"]["recognized"][0] + 1e-3  # gate: nothing is solved unread
+        first, recognized = row["metrics"]["first"][0], row["metrics"]["recognized"][0]
+        assert first <= recognized + 1e-3  # gate: nothing is solved unread
     for split in ("all", "unseen"):
         assert f"{split}: recognition %" in printed and f"{split}: success %" in printed
     lines_of = [line for line in printed.splitlines() if "likeliest cards" in line]
-    assert len(lines_of) == 2 * 2 * 3 and not any("±" in line for line in lines_of)  # splits x reports x variants
-    assert "paired differences of success" in printed and "paired differences of recognition" in printed
+    assert len(lines_of) == 2 * 2 * 3  # splits x reports x variants
+    assert not any("±" in line for line in lines_of)
+    assert "paired differences of success" in printed
+    assert "paired differences of recognition" in printed
     assert "visual OOD" in printed and "rl - sft" in printed
-    assert all(len(point) == 5 for arms in report["curves"].values() for points in arms.values() for point in points)
+    for curves in report["curves"].values():
+        for points in curves.values():
+            assert all(len(point) == 5 for point in points)
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    red, black = ({tuple(c["cluster"]) for c in lines(folder / "evaluations.jsonl") if c["key"][2].get("suits") == s
-                   and c["key"][2]["rule"] == "ten" and c["key"][3] == "all" and c["key"][5] == 6} for s in ("red", "black"))
-    assert len(red) == 1 and red == black  # visual OOD plays the hands of ID, by all arms
+
+
+def test_visual_ood_plays_the_hands_of_id_by_all_arms(seeing):
+    folder, _ = seeing
+    hands = {"red": set(), "black": set()}
+    for cell in lines(folder / "evaluations.jsonl"):
+        _, _, env, split, _, n, *_ = cell["key"]
+        suits = env.get("suits")
+        if suits in hands and env["rule"] == "ten" and split == "all" and n == 6:
+            hands[suits].add(tuple(cell["cluster"]))
+    assert len(hands["red"]) == 1 and hands["red"] == hands["black"]
 
 
 def test_text_evaluation_does_not_speak_of_recognition(evaluated):
@@ -570,25 +771,35 @@ def test_cells_of_an_older_version_are_played_again(evaluated, tmp_path, capsys)
     folder, printed = evaluated
     shutil.copytree(folder, tmp_path / "run")
     cells = lines(folder / "evaluations.jsonl")
-    old = [{"key": c["key"], "cluster": c["cluster"], **{m: [r for r, _ in c["counts"][m]] for m in ("first", "solved")}}
-           for c in cells[:2]]
-    (tmp_path / "run" / "evaluations.jsonl").write_text("".join(json.dumps(c) + "\n" for c in old + cells[2:]))
+    stored = copy.deepcopy(cells)
+    for cell in stored[:2]:
+        counts = cell.pop("counts")
+        for name in ("first", "solved"):
+            cell[name] = [r for r, _ in counts[name]]
+    path = tmp_path / "run" / "evaluations.jsonl"
+    path.write_text("".join(json.dumps(cell) + "\n" for cell in stored))
     run("eval", tmp_path / "run")
+    run_report(tmp_path / "run")
     assert capsys.readouterr().out.replace(str(tmp_path / "run"), str(folder)) == printed
-    again = lines(tmp_path / "run" / "evaluations.jsonl")
-    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, cells))
+    assert sorted(map(json.dumps, lines(path))) == sorted(map(json.dumps, cells))
 
 
-def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(seeing, tmp_path, monkeypatch):
-    """Stopped after the second update of two: the first checkpoint holds tables in mid-episode, their pictures are redrawn."""
-    folder, tables = tmp_path / "run", torch.load(seeing[0] / "rl/step_1/trainer.pt", weights_only=True)["play"]["tables"]
-    assert any(answers for _, answers in tables)
+def test_ppo_on_pictures_stopped_and_continued_is_the_run_undisturbed(
+    seeing, tmp_path, monkeypatch
+):
+    """Stopped after the second update of two.
+
+    The first checkpoint holds environments in mid-episode, whose pictures are drawn again.
+    """
+    state = torch.load(seeing[0] / "rl" / "step_1" / "trainer.pt", weights_only=True)
+    assert any(answers for _, answers in state["play"]["episodes"])
+    folder = tmp_path / "run"
     shutil.copytree(seeing[0] / "sft", folder / "sft")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             run_pictures("rl", folder)
-    assert [n for n, _ in checkpoints(folder / "rl")] == [1]
+    assert numbers(folder / "rl") == [1]
     run_pictures("rl", folder)
     assert_same_run(folder / "rl", seeing[0] / "rl")
     assert log(folder / "rl", "transcripts") == log(seeing[0] / "rl", "transcripts")

@@ -1,4 +1,7 @@
-"""The shape of the program: imports form a tree, nothing is evaluated or swallowed, trainers name no environment."""
+"""The shape of the program: imports form a tree, nothing is evaluated or swallowed, trainers name
+no environment.
+"""
+
 import ast
 
 import pytest
@@ -6,12 +9,28 @@ from conftest import ROOT
 
 FOLDERS = ("lib", "scenery")
 PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
-PROGRAM = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(p.read_text())
-           for p in PATHS}
+PROGRAM = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+        p.read_text()
+    )
+    for p in PATHS
+}
 LEAVES = ("sft", "rl", "eval", "report", "plan")  # import each other never
-PURE = ("gp", "virl", "scenery", "lib.settings", "lib.runs", "lib.checks", "report")  # without torch
+PURE = (
+    "gp",
+    "virl",
+    "scenery",
+    "lib.settings",
+    "lib.runs",
+    "lib.checks",
+    "report",
+)  # without torch
 LAYERS = (  # a module imports from layers above its own line, or from its own folder
-    ("lib", "scenery"), ("gp", "virl", "policy"), ("rollout",), LEAVES)
+    ("lib", "scenery"),
+    ("gp", "virl", "policy"),
+    ("rollout",),
+    LEAVES,
+)
 FILES = pytest.mark.parametrize("name", sorted(PROGRAM))
 
 
@@ -59,7 +78,14 @@ def test_nothing_is_evaluated_unpickled_or_swallowed(name):
             assert node.type is not None, f"bare except in line {node.lineno}"
         elif isinstance(node, ast.Call):
             call = ast.unparse(node.func)
-            assert call not in ("eval", "exec", "compile", "pickle.load", "pickle.loads", "yaml.load"), node.lineno
+            assert call not in (
+                "eval",
+                "exec",
+                "compile",
+                "pickle.load",
+                "pickle.loads",
+                "yaml.load",
+            ), node.lineno
             if call == "torch.load":
                 assert "weights_only=True" in ast.unparse(node)
 

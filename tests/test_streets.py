@@ -1,6 +1,8 @@
-"""Street views, read back with a pencil and a compass: where a board must be is worked out here from bearings.
+"""Street views, read back with a pencil and a compass: where a board must be is worked out here
+from bearings.
 
-What a sign adds to a picture is found by exchanging its icon: pixels that change belong to the board and nothing else.
+What a sign adds to a picture is found by exchanging its icon: pixels that change belong to the
+board and nothing else.
 """
 import hashlib
 import os
@@ -19,26 +21,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scenery import streets
+from scenery import streets, styles
+from scenery import town as plans
 from scenery.streets import CATEGORIES, CITIES, Scene, Sign, street_views
 
-ROOT = Path(streets.__file__).resolve().parent
-CACHES = [f for f in vars(streets).values() if hasattr(f, "cache_clear")]
+ROOT = Path(streets.__file__).resolve().parents[1]
+CACHES = [f for module in (styles, plans, streets) for f in vars(module).values()
+          if hasattr(f, "cache_clear")]
 
 
-# ---------------------------------------------------------------- towns and what can be read from their pictures
+# -------------------------------------------------- towns and what can be read from their pictures
 @lru_cache(maxsize=None)
 def streetmap(seed, n, diagonals):
     """(nodes, edges) of a crooked n x n grid whose middle node is at the origin."""
     draw = random.Random(seed)
-    turn, steps = radians(draw.uniform(0, 90)), [[draw.uniform(50, 110) for _ in range(n)] for _ in "xy"]
+    turn, steps = radians(draw.uniform(0, 90)), [[draw.uniform(50, 110) for _ in range(n)]
+                                                 for _ in "xy"]
     grid = [(sum(steps[0][:i]) + draw.uniform(-6, 6), sum(steps[1][:j]) + draw.uniform(-6, 6))
             for i in range(n) for j in range(n)]
     mx, my = grid[n * n // 2]
-    nodes = [((x - mx) * cos(turn) - (y - my) * sin(turn), (x - mx) * sin(turn) + (y - my) * cos(turn))
+    nodes = [((x - mx) * cos(turn) - (y - my) * sin(turn),
+              (x - mx) * sin(turn) + (y - my) * cos(turn))
              for x, y in grid]
     edges = [(n * i + j, n * i + j + k) for i in range(n) for j in range(n) for k in (1, n, n + 1)
-             if (k == n or j < n - 1) and (k == 1 or i < n - 1) and (k <= n or (diagonals and draw.random() < .3))]
+             if (k == n or j < n - 1) and (k == 1 or i < n - 1)
+             and (k <= n or (diagonals and draw.random() < .3))]
     return tuple(nodes), tuple(edges)
 
 
@@ -48,7 +55,8 @@ def town(*signs, city="New York", seed="0", n=3, diagonals=False):
 
 
 def at(bearing, distance, category="Bank", name="Golden Bank", x=0, y=0):
-    return Sign(x + distance * sin(radians(bearing)), y + distance * cos(radians(bearing)), name, category)
+    return Sign(x + distance * sin(radians(bearing)), y + distance * cos(radians(bearing)), name,
+                category)
 
 
 def tiles(picture):
@@ -70,7 +78,8 @@ def differing(scene, x, y, heading, size, index=0, least=60):
 
 
 def column(relative, tile):
-    """Pixel column of what is `relative` degrees to the right of a view's axis; 110 degrees fill the view."""
+    """Pixel column of what is `relative` degrees to the right of a view's axis; 110 degrees fill
+    the view."""
     return tile / 2 * (1 + tan(radians(relative)) / tan(radians(55)))
 
 
@@ -86,7 +95,8 @@ def test_four_square_views_parted_by_black_lines(size, line):
     black = np.asarray(picture).max(2) == 0
     for way in (0, 1):
         dark = np.flatnonzero(black.all(way))
-        assert line <= len(dark) <= line + 1 and (np.diff(dark) == 1).all()  # one more where that makes the views equal
+        # one more where that makes the views equal
+        assert line <= len(dark) <= line + 1 and (np.diff(dark) == 1).all()
         assert abs(dark.mean() - (size - 1) / 2) <= .5
 
 
@@ -104,10 +114,11 @@ def test_turning_by_a_right_angle_moves_the_views_round(size):
     assert (tiles(street_views(scene, 0, 0, 13 - 360, size)) == before).all()
 
 
-# ---------------------------------------------------------------- signs stand where they stand, in every city
+# ----------------------------------------------------- signs stand where they stand, in every city
 @pytest.mark.parametrize("city", CITIES)
 def test_signs_are_found_at_their_bearing(city):
-    """In all eight octants, on seams too: a sign is whole in one view at least, and in the right place."""
+    """In all eight octants, on seams too: a sign is whole in one view at least, and in the right
+    place."""
     heading = 20
     for k, distance in zip(range(8), (8, 14, 10, 12, 8, 14, 9, 11)):
         scene = town(at(heading + 45 * k, distance), city=city)
@@ -134,12 +145,13 @@ def test_a_board_on_the_diagonal_is_whole_in_both_views_from_eight_metres_on():
         for tile in (0, 1):
             columns = np.flatnonzero(board[tile].any(0))
             assert 0 < columns[0] and columns[-1] < 447
-            assert abs((columns[0] + columns[-1]) / 2 - column(45 - 90 * tile, 448)) < 12  # a mast stands to one side
+            # a mast stands to one side
+            assert abs((columns[0] + columns[-1]) / 2 - column(45 - 90 * tile, 448)) < 12
 
 
 def surroundings(seed):
-    """A scene on a crooked grid with diagonals, its sign by the middle node, and cameras 8 to 14 metres from the sign:
-    on the intersection and on the roads around it."""
+    """A scene on a crooked grid with diagonals, its sign by the middle node, and cameras 8 to 14
+    metres from the sign: on the intersection and on the roads around it."""
     draw = random.Random(seed)
     sign = at(draw.uniform(0, 360), draw.uniform(8, 14))
     scene = town(sign, city=draw.choice(list(CITIES)), seed=str(seed), diagonals=True)
@@ -169,20 +181,22 @@ def inside(points, corners):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_nothing_stands_on_a_road_or_before_a_sign(seed):
-    """In the ground plan: a sign that is seen because it was painted over the wall before it would be a lie."""
+    """In the ground plan: a sign that is seen because it was painted over the wall before it would
+    be a lie."""
     scene, sign, cameras = surroundings(seed)
-    lots, trees = streets._plan(scene)
+    lots, trees = plans.plan(scene)
     assert len(lots) > 40 and len(trees) > 40
     board, rays, share = np.array([sign.x, sign.y]), [], np.linspace(0, 1, 60)[:, None]
     for camera in np.array(cameras):
         across = (board - camera)[::-1] * (1, -1) / np.hypot(*(board - camera))
         rays += [camera + share * (board + across * shift - camera) for shift in (-2.8, 0, 2.8)]
-    roads = [np.array(scene.nodes[i]) + share * np.subtract(scene.nodes[j], scene.nodes[i]) for i, j in scene.edges]
+    roads = [np.array(scene.nodes[i]) + share * np.subtract(scene.nodes[j], scene.nodes[i])
+             for i, j in scene.edges]
     free = np.concatenate(rays + roads)
-    for corners, *_ in lots:
-        assert not inside(free, corners).any()
+    for lot in lots:
+        assert not inside(free, lot.outline.points).any()
     roads, rays = np.concatenate(roads), np.concatenate(rays)
-    for place, _ in trees:
+    for place, *_ in trees:
         assert np.hypot(*(roads - place).T).min() > 5 and np.hypot(*(rays - place).T).min() > .8
 
 
@@ -202,10 +216,12 @@ def test_far_signs_behind_a_corner_are_hidden():
 # ---------------------------------------------------------------- icons and names
 @lru_cache(maxsize=None)
 def icons(city):
-    """(20, rows, columns) share of ink of the boards at 14 metres, 224 pixels: the smallest a landmark gets."""
-    views = np.stack([tiles(street_views(replace(town(at(0, 14, category), city=city), edges=()), 0, 0, 0, 224))[0]
+    """(20, rows, columns) share of ink of the boards at 14 metres, 224 pixels: the smallest a
+    landmark gets."""
+    views = np.stack([tiles(street_views(replace(town(at(0, 14, category), city=city), edges=()),
+                                         0, 0, 0, 224))[0]
                       for category in CATEGORIES]).astype(float)
-    ink, paper, _ = (np.array(colour) for colour in CITIES[city].board)
+    ink, paper = np.array(CITIES[city].board.ink), np.array(CITIES[city].board.paper)
     changing = np.ptp(views, 0).sum(2) > 60
     rows, columns = np.flatnonzero(changing.any(1)), np.flatnonzero(changing.any(0))
     views = views[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -218,8 +234,8 @@ def test_twenty_categories():
 
 @pytest.mark.parametrize("city", CITIES)
 def test_small_icons_differ_clearly(city):
-    """At 11 x 11 pixels any two differ in a seventh of them, and are told apart under noise as strong as half the
-    contrast between ink and board."""
+    """At 11 x 11 pixels any two differ in a seventh of them, and are told apart under noise as
+    strong as half the contrast between ink and board."""
     shapes = icons(city)
     assert 9 <= shapes.shape[1] <= 13 and 9 <= shapes.shape[2] <= 13
     for i, j in combinations(range(20), 2):
@@ -233,14 +249,17 @@ def test_small_icons_differ_clearly(city):
 
 @pytest.mark.parametrize("city", CITIES)
 def test_ink_stands_out_from_the_board(city):
-    ink, paper, _ = (sum(w * v for w, v in zip((.3, .59, .11), colour)) for colour in CITIES[city].board)
+    board = CITIES[city].board
+    ink, paper = (np.dot((.3, .59, .11), colour) for colour in (board.ink, board.paper))
     assert abs(ink - paper) > 100
 
 
 @pytest.mark.parametrize("city", ["New York", "Milan", "Lagos"])
 def test_the_board_tells_the_city_not_the_landmark(city):
-    """Boards differ in the icon and the name only: a quarter of a board's pixels is the same for all twenty."""
-    boards = [tiles(street_views(replace(town(at(0, 9, c, f"Golden {c}"), city=city), edges=()), 0, 0, 0, 449))[0]
+    """Boards differ in the icon and the name only: a quarter of a board's pixels is the same for
+    all twenty."""
+    boards = [tiles(street_views(replace(town(at(0, 9, c, f"Golden {c}"), city=city), edges=()), 0,
+                                 0, 0, 449))[0]
               for c in CATEGORIES]
     changing = np.ptp(boards, 0).sum(2) > 0
     assert changing.sum() < .75 * (5.6 * 448 / 4 / tan(radians(55)) / 9) ** 2
@@ -248,7 +267,7 @@ def test_the_board_tells_the_city_not_the_landmark(city):
 
 @pytest.mark.parametrize("city", CITIES)
 def test_names_are_read_nearby_at_full_size_only(city):
-    ink, paper, _ = (np.array(colour) for colour in CITIES[city].board)
+    ink, paper = np.array(CITIES[city].board.ink), np.array(CITIES[city].board.paper)
 
     def strong(distance, size):  # pixels that change by more than half of what parts ink from board
         scenes = [replace(town(at(0, distance, "Bakery", name), city=city), edges=())
@@ -262,16 +281,19 @@ def test_names_are_read_nearby_at_full_size_only(city):
 
 # ---------------------------------------------------------------- roads
 def stripes(view):
-    """The most changes between bright and dark along a row of the road some 8 metres ahead, in the middle of a view."""
+    """The most changes between bright and dark along a row of the road some 8 metres ahead, in the
+    middle of a view."""
     size = len(view)
     rows = view[round(.662 * size):round(.69 * size), size // 4:3 * size // 4].sum(2)
-    return max(np.abs(np.diff((row > (row.max() + row.min()) / 2).astype(int))).sum() for row in rows)
+    return max(np.abs(np.diff((row > (row.max() + row.min()) / 2).astype(int))).sum()
+               for row in rows)
 
 
 @pytest.mark.parametrize("size", [224, 901])
 @pytest.mark.parametrize("city", CITIES)
 def test_intersections_show_in_the_picture(city, size):
-    """A crossing lies ahead in every street of an intersection, and none is near in the middle of a block."""
+    """A crossing lies ahead in every street of an intersection, and none is near in the middle of a
+    block."""
     for seed in "01":
         scene = town(city=city, seed=seed)
         (x, y), heading = scene.nodes[5], np.degrees(np.arctan2(*scene.nodes[5]))
@@ -281,8 +303,8 @@ def test_intersections_show_in_the_picture(city, size):
 
 
 def test_side_streets_are_open():
-    """Straight to the right and to the left, more of what lies above the horizon is sky at an intersection than
-    inside a block: it looks as it does where nothing is built."""
+    """Straight to the right and to the left, more of what lies above the horizon is sky at an
+    intersection than inside a block: it looks as it does where nothing is built."""
     scene = town()
     (x, y), heading = scene.nodes[5], np.degrees(np.arctan2(*scene.nodes[5]))
 
@@ -299,8 +321,9 @@ def test_small_pictures_show_what_large_ones_do(city):
     scene = town(city=city)
     large, small, turned = (tiles(street_views(scene, 3, 4, heading, size)) for heading, size in
                             ((40, 901), (40, 224), (60, 224)))
-    shrunk = np.stack([np.asarray(Image.fromarray(view.astype(np.uint8)).resize((111, 111), Image.Resampling.BOX))
-                       for view in large]).astype(int)
+    images = [Image.fromarray(view.astype(np.uint8)) for view in large]
+    shrunk = np.stack([np.asarray(image.resize((111, 111), Image.Resampling.BOX))
+                       for image in images]).astype(int)
     gap = np.abs(shrunk - small).mean()
     assert gap < 6 and gap < .4 * np.abs(shrunk - turned).mean()
 
@@ -314,13 +337,15 @@ def test_cities_look_different():
 
 def digest():
     scenes = [town(at(30, 9), at(200, 13, "Gym", "Happy Gym"), city=city, n=4) for city in CITIES]
-    return hashlib.sha256(b"".join(street_views(s, 5, 8, 77, 224).tobytes() for s in scenes)).hexdigest()
+    return hashlib.sha256(b"".join(street_views(s, 5, 8, 77, 224).tobytes()
+                                   for s in scenes)).hexdigest()
 
 
 def test_pixels_do_not_depend_on_process_or_hash_seed_or_cache():
     folders = [str(ROOT), str(ROOT / "tests")]
     script = f"import sys; sys.path[:0] = {folders}; import test_streets as t; print(t.digest())"
-    others = {subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": "1"}, text=True,
+    others = {subprocess.run([sys.executable, "-c", script],
+                             env={**os.environ, "PYTHONHASHSEED": "1"}, text=True,
                              capture_output=True, check=True).stdout.strip()}
     for cache in CACHES:
         cache.cache_clear()
@@ -329,7 +354,7 @@ def test_pixels_do_not_depend_on_process_or_hash_seed_or_cache():
 
 
 def test_caches_are_bounded():
-    assert all(f.cache_info().maxsize is not None for f in CACHES if f.__name__ != "_layers")
+    assert all(f.cache_info().maxsize is not None for f in CACHES)
 
 
 def test_global_random_state_is_neither_read_nor_moved():

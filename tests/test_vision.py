@@ -1,5 +1,7 @@
-"""The policy on pictures (GP-VL on the bundled mini model, NF4 with fp32 compute as shipped): the image counts, what is
-sampled is what is scored, each image is read once per episode and never from a stale cache, the named parts learn."""
+"""The policy on pictures (GP-VL on the bundled mini model, NF4 with fp32 compute as shipped): the
+image counts, what is sampled is what is scored, each image is read once per episode and never from
+a stale cache, the named parts learn."""
+
 import copy
 import itertools
 import json
@@ -16,16 +18,19 @@ from test_policy import alone, greedy, sft_batch, tensors, update
 
 from lib import settings as config
 import gp
-import rl
 import sft
 from lib.settings import UserError
 from lib.batching import sequences_of
-from rl import token_weights
-from rollout import Play, evaluate, make_env, play_reference, training_seeds
+from lib.training import answer_logprobs, token_weights
+from rollout import Play, collect, evaluate, make_env, play_reference, training_seeds
 from lib.batching import Sequence, pack
 
 PATCHES = 65  # of one image: 8 x 8 of 14 pixels, and the class token
-PARTS = {"language": ("language_model", "lm_head"), "projector": ("multi_modal_projector",), "vision": ("vision_model",)}
+PARTS = {
+    "language": ("language_model", "lm_head"),
+    "projector": ("multi_modal_projector",),
+    "vision": ("vision_model",),
+}
 TUNED = [["language"], ["language", "projector"], ["language", "projector", "vision"]]
 
 
@@ -52,11 +57,16 @@ def policy(make_policy):
 
 @pytest.fixture(scope="module")
 def sampled(make_policy, policy, loaded):
-    """(policy, turns) of four turns at six tables; with three attempts each, so that new pictures come in between."""
+    """(policy, turns) of four turns at six tables; with three attempts each, so that new pictures
+    come in between.
+    """
     found, plain = {}, make_policy(merge_for_sampling=False)
     for merge, temperature in itertools.product((True, False), (0.7, 0.2)):
         mine = policy if merge else plain
-        found[merge, temperature] = mine, play(mine, loaded[0].env, temperature, turns=4, verify_iters=3)
+        found[merge, temperature] = (
+            mine,
+            play(mine, loaded[0].env, temperature, turns=4, verify_iters=3),
+        )
     return found
 
 
@@ -96,7 +106,11 @@ def shown(sequence, image):
 def answers_of(policy, prompts):
     """All that a greedy pass says, in a form to compare: ids, log-probs, values."""
     found = greedy(policy, prompts)
-    return [a.ids for a in found], torch.cat([a.logprobs for a in found]), torch.tensor([a.value for a in found])
+    return (
+        [a.ids for a in found],
+        torch.cat([a.logprobs for a in found]),
+        torch.tensor([a.value for a in found]),
+    )
 
 
 def assert_same_answers(one, two, atol=1e-4):
@@ -110,7 +124,10 @@ def test_gates_are_open(make_policy):
     """At 0, where a fresh Mllama starts, whatever is in the picture changes nothing."""
     text = make_policy().base.model.language_model
     for layer in text.config.cross_attention_layers:
-        for gate in (text.layers[layer].cross_attn_attn_gate, text.layers[layer].cross_attn_mlp_gate):
+        for gate in (
+            text.layers[layer].cross_attn_attn_gate,
+            text.layers[layer].cross_attn_mlp_gate,
+        ):
             assert gate.abs() > 0.05
 
 
@@ -119,8 +136,10 @@ def test_other_picture_other_numbers(make_policy, noise):
     policy, (one, two, *_) = make_policy(noise), hands(2)
     assert one[1] != two[1]
     (prompt,), (answer,) = policy.encode([one[0]]), policy.encode_answers([one[2]])
-    own, copied, other = (shown(prompt, image).answered(answer) for image in (prompt.image, prompt.image.copy(),
-                                                                              two[0]["image"]))
+    own, copied, other = (
+        shown(prompt, image).answered(answer)
+        for image in (prompt.image, prompt.image.copy(), two[0]["image"])
+    )
     with torch.no_grad():
         own, copied, other = (policy.score([s]) for s in (own, copied, other))
     assert torch.equal(own["logprobs"], copied["logprobs"])  # any difference is the picture's
@@ -129,7 +148,7 @@ def test_other_picture_other_numbers(make_policy, noise):
 
 
 def test_batch_keeps_pictures_and_rows_together(policy):
-    """Six prompts of the same words: all that tells the rows apart is which picture they are given."""
+    """Six prompts of the same words: only the picture tells the rows apart."""
     prompts = firsts(policy, 6)
     assert all(p.ids == prompts[0].ids for p in prompts)
     order = [3, 0, 5, 4, 1, 2]
@@ -137,20 +156,30 @@ def test_batch_keeps_pictures_and_rows_together(policy):
     for place, i in enumerate(order):
         (single,) = greedy(policy, [prompts[i]])
         for answer in (together[i], moved[place]):
-            assert answer.ids == single.ids and answer.value == pytest.approx(single.value, abs=1e-5)
+            assert answer.ids == single.ids and answer.value == pytest.approx(
+                single.value, abs=1e-5
+            )
             torch.testing.assert_close(answer.logprobs, single.logprobs, rtol=0, atol=1e-4)
     values = sorted(a.value for a in together)
-    assert min(b - a for a, b in zip(values, values[1:])) > 5e-5  # a row with another's picture would show
+    assert (
+        min(b - a for a, b in zip(values, values[1:])) > 5e-5
+    )  # a row with another's picture would show
 
 
 def test_scores_keep_pictures_and_rows_together(policy):
-    answered = [p.answered(a) for p, a in zip(firsts(policy, 6), policy.encode_answers([e for *_, e in hands(6)]))]
+    answered = [
+        p.answered(a)
+        for p, a in zip(firsts(policy, 6), policy.encode_answers([e for *_, e in hands(6)]))
+    ]
     order = [3, 0, 5, 4, 1, 2]
     with torch.no_grad():
         together, moved = policy.score(answered), policy.score([answered[i] for i in order])
         wrong = policy.score([shown(s, answered[i - 1].image) for i, s in enumerate(answered)])
     for place, i in enumerate(order):
-        one, two, swapped = (out["logprobs"][out["turn"] == p] for out, p in ((together, i), (moved, place), (wrong, i)))
+        one, two, swapped = (
+            out["logprobs"][out["turn"] == p]
+            for out, p in ((together, i), (moved, place), (wrong, i))
+        )
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
         assert (one - swapped).abs().max() > 1e-4
 
@@ -161,7 +190,10 @@ def test_scores_keep_pictures_and_rows_together(policy):
 @pytest.mark.parametrize("packed", [True, False], ids=["conversations", "single turns"])
 def test_ratio_is_one_before_the_first_step(sampled, packed, merge, temperature):
     policy, played = sampled[merge, temperature]
-    assert max(t.info["attempt"] for t in played) == 3 and len({len(t.prompt.ids) for t in played[12:18]}) > 1  # padded
+    assert (
+        max(t.info["attempt"] for t in played) == 3
+        and len({len(t.prompt.ids) for t in played[12:18]}) > 1
+    )  # padded
     assert len({len(t.answer) for t in played}) > 2  # rows that were done left the batch
     assert {t.seed for t in played} == set(range(12))
     groups = sequences_of(played, 6) if packed else [(alone(t), [i]) for i, t in enumerate(played)]
@@ -172,14 +204,18 @@ def test_ratio_is_one_before_the_first_step(sampled, packed, merge, temperature)
         turn, scored = played[index], out["logprobs"][out["turn"] == place]
         assert scored.shape == turn.logprobs.shape == (len(turn.answer),)
         for weight in (1, 0.5):
-            log_ratio = (token_weights(policy, turn, '"formula"', weight) * (scored - turn.logprobs)).sum()
+            log_ratio = (
+                token_weights(policy, turn, '"formula"', weight) * (scored - turn.logprobs)
+            ).sum()
             assert abs(log_ratio.exp() - 1) < 7e-5 / temperature  # rounding is divided by it too
         assert out["values"][place] == pytest.approx(turn.value, abs=1e-4)
     assert out["values"].std() > 0.01
 
 
 def test_rollout_of_the_trainer_is_scored_the_same(make_policy, cfg):
-    """As rl.py goes about it: one `fixed` for all turns, reference log-probs, with an update in between."""
+    """As rl.py goes about it: one `inference` for all turns, reference log-probs, with an update in
+    between.
+    """
     policy = make_policy()
     vars(cfg.ppo).update({"envs": 4, "turns": 3, "temperature": 0.7})
     tables = Play([make_env(cfg.env, 2) for _ in range(4)], training_seeds(0))
@@ -189,16 +225,18 @@ def test_rollout_of_the_trainer_is_scored_the_same(make_policy, cfg):
             pass
 
     for seed in range(2):
-        played, *_ = rl.rollout(policy, tables, cfg.ppo, torch.Generator().manual_seed(seed), Bar())
+        played = collect(policy, tables, 3, 0.7, torch.Generator().manual_seed(seed), Bar()).turns
         with torch.no_grad():
-            scored = rl.reference_logprobs(policy, sequences_of(played, 4), 512, 0.7)
+            scored = answer_logprobs(policy, sequences_of(played, 4), 512, 0.7)
         for turn, again in zip(played, scored):
             assert abs((again - turn.logprobs).sum().exp() - 1) < 1e-4
         update(policy, cfg, played)
 
 
 def test_batched_greedy_answers_are_those_of_single_prompts(policy, prompts):
-    """Whatever the padding and the neighbours' pictures, and although rows that are done leave the batch early."""
+    """Whatever the padding and the neighbours' pictures, and although rows that are done leave the
+    batch early.
+    """
     together = greedy(policy, prompts)
     assert len({len(a.ids) for a in together}) > 1
     for prompt, answer in [*zip(prompts, together)][::3]:
@@ -216,7 +254,9 @@ def hidden(policy, ids, images):
     with torch.no_grad():
         mask = torch.ones_like(ids)
         whole = policy.family.text_inputs(ids, mask, policy.family.encode_images(images)).prompt
-        return policy.family.text_model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
+        return policy.family.text_model(
+            attention_mask=mask, use_cache=False, **whole
+        ).last_hidden_state
 
 
 def library(policy, ids, images, mask=None):
@@ -225,9 +265,15 @@ def library(policy, ids, images, mask=None):
     mask = torch.ones_like(ids) if mask is None else mask
     after = (ids == policy.family.image_token).cumsum(1) > 0
     with torch.no_grad():
-        return policy.base.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                 cross_attention_mask=after[:, :, None, None].long() * pixels["aspect_ratio_mask"][:, None],
-                                 use_cache=False, **pixels).last_hidden_state
+        return policy.base.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            cross_attention_mask=after[:, :, None, None].long()
+            * pixels["aspect_ratio_mask"][:, None],
+            use_cache=False,
+            **pixels,
+        ).last_hidden_state
 
 
 def test_pictures_are_seen_as_by_the_library(policy, turns):
@@ -241,9 +287,16 @@ def test_pictures_are_seen_as_by_the_library(policy, turns):
     with torch.no_grad():
         inputs = policy.family.text_inputs(ids, mask, policy.family.encode_images(images))
         whole, later = inputs.prompt, inputs.further
-        ours = policy.family.text_model(attention_mask=mask, use_cache=False, **whole).last_hidden_state
-    assert whole["cross_attention_states"].shape == (2, PATCHES, 128) and later["cross_attention_mask"].shape[0] == 2
-    torch.testing.assert_close(ours[mask > 0], library(policy, ids, images, mask)[mask > 0], rtol=0, atol=1e-4)
+        ours = policy.family.text_model(
+            attention_mask=mask, use_cache=False, **whole
+        ).last_hidden_state
+    assert (
+        whole["cross_attention_states"].shape == (2, PATCHES, 128)
+        and later["cross_attention_mask"].shape[0] == 2
+    )
+    torch.testing.assert_close(
+        ours[mask > 0], library(policy, ids, images, mask)[mask > 0], rtol=0, atol=1e-4
+    )
 
 
 def test_what_follows_the_image_token_sees_it(policy):
@@ -252,7 +305,9 @@ def test_what_follows_the_image_token_sees_it(policy):
     assert ((states[0] - states[1]).abs().amax(-1)[2:] > 1e-5).all()
 
 
-@pytest.mark.xfail(strict=True, reason="transformers lets rows without any image to see attend to it (PITFALLS.md)")
+@pytest.mark.xfail(
+    strict=True, reason="transformers lets rows without any image to see attend to it (PITFALLS.md)"
+)
 def test_what_precedes_the_image_token_does_not_see_it(policy):
     one, two = firsts(policy, 2)
     states = hidden(policy, one.ids, [one.image, two.image])
@@ -261,10 +316,24 @@ def test_what_precedes_the_image_token_does_not_see_it(policy):
 
 # ---------------------------------------------------------------- what an answer spells stays text
 SPECIAL = ["<|begin_of_text|>", "<|user|>", "<|assistant|>", "<|end|>", "<|image|>", "<|pad|>"]
-NESTED = [*SPECIAL, "<|ima<|image|>ge|>", "<|<|image|>image|>", "<|ima<|end|>ge|>", "<" * 3 + "|image|>" * 3,
-          "<|image|><|image|>", '{"cards": ["<|image|>"], "formula": "<|end|><|user|>"}', "< |image|>", "<|image", "|>"]
-PIECES = st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "<", "|", ">", "image", "ima", "ge", "end", " ", "_of_text", "K"]),
-                  max_size=12).map("".join)
+NESTED = [
+    *SPECIAL,
+    "<|ima<|image|>ge|>",
+    "<|<|image|>image|>",
+    "<|ima<|end|>ge|>",
+    "<" * 3 + "|image|>" * 3,
+    "<|image|><|image|>",
+    '{"cards": ["<|image|>"], "formula": "<|end|><|user|>"}',
+    "< |image|>",
+    "<|image",
+    "|>",
+]
+PIECES = st.lists(
+    st.sampled_from(
+        [*SPECIAL, "<|", "|>", "<", "|", ">", "image", "ima", "ge", "end", " ", "_of_text", "K"]
+    ),
+    max_size=12,
+).map("".join)
 
 
 def check_spelled(policy, text):
@@ -278,7 +347,7 @@ def check_spelled(policy, text):
     ((ids),) = [p.ids for p in policy.encode([obs])]
     assert [i for i in ids if i in special] == [bos, user, eye, assistant, end, user, assistant]
     feedback = policy.tokenizer(info["feedback"], add_special_tokens=False).input_ids
-    assert ids[-len(feedback) - 1:-1] == feedback
+    assert ids[-len(feedback) - 1 : -1] == feedback
     assert obs["messages"][1]["content"] == text  # the environment keeps what was said
 
 
@@ -312,17 +381,24 @@ def test_images_are_encoded_once_per_episode(make_policy, cfg):
     with policy.inference():
         for turn in range(5):
             tables.turn(policy, 0.7, torch.Generator().manual_seed(turn))
-            assert policy.tokens["inference_patches"] == PATCHES * 5 * (turn // 2 + 1)  # after two failures a new hand
-        waiting = policy.encode([tables.episodes[slot][1] for slot in tables.waiting()])
+            assert policy.tokens["inference_patches"] == PATCHES * 5 * (
+                turn // 2 + 1
+            )  # after two failures a new hand
+        waiting = policy.encode([tables.episodes[slot].observation for slot in tables.unfinished()])
         policy.values(waiting)
-        assert len(waiting) == 5 and policy.tokens["inference_patches"] == PATCHES * 15  # known already
+        assert (
+            len(waiting) == 5 and policy.tokens["inference_patches"] == PATCHES * 15
+        )  # known already
     assert policy.tokens["train_patches"] == 0
 
 
 def test_evaluation_encodes_each_hand_once(make_policy, cfg):
     policy = make_policy()
     records = evaluate(policy, cfg.env, 7, 1000, 3, 0.7, 3)
-    assert sum(len(r["turns"]) for r in records) > 14 and policy.tokens["inference_patches"] == PATCHES * 7
+    assert (
+        sum(len(r["turns"]) for r in records) > 14
+        and policy.tokens["inference_patches"] == PATCHES * 7
+    )
 
 
 def test_each_sample_on_its_own_looks_again(make_policy):
@@ -330,7 +406,10 @@ def test_each_sample_on_its_own_looks_again(make_policy):
     one, two = firsts(policy, 2)
     for calls in (1, 2):
         greedy(policy, [one, two, one])  # one picture twice in a batch is still one
-        assert policy.tokens["inference_patches"] == 2 * PATCHES * calls and not policy.images.remembered
+        assert (
+            policy.tokens["inference_patches"] == 2 * PATCHES * calls
+            and not policy.images.remembered
+        )
     for images in (1, 2, 2):
         with torch.no_grad():
             policy.score([one.answered([5])] * images)
@@ -341,25 +420,41 @@ def test_each_sample_on_its_own_looks_again(make_policy):
 def test_frozen_eyes_look_once_and_see_the_same(make_policy, cache):
     """Also in the update; what the cache has no room for is looked at again."""
     prompts = [p.answered([5, 6]) for p in firsts(make_policy(), 6)]
-    one, two = make_policy(tune=["language"], image_cache=cache), make_policy(tune=["language"], image_cache=0)
+    one, two = (
+        make_policy(tune=["language"], image_cache=cache),
+        make_policy(tune=["language"], image_cache=0),
+    )
     greedy(one, prompts)
     with torch.no_grad():
         states = two.family.encode_images([p.image for p in prompts])
     for _ in range(2):
-        torch.testing.assert_close(one.score(prompts)["logprobs"], two.score(prompts)["logprobs"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            one.score(prompts)["logprobs"], two.score(prompts)["logprobs"], rtol=0, atol=1e-5
+        )
     bytes_of_one = states[0][0].nbytes + 3 * 112 * 112
-    assert len(one.images.remembered) == min(6, cache * 2**30 // bytes_of_one) and one.images.size == len(one.images.remembered) * bytes_of_one
-    assert one.tokens["inference_patches"] == PATCHES * {1: 6, 2e-4: 12, 0: 18}[cache] and not one.tokens["train_patches"]
+    assert (
+        len(one.images.remembered) == min(6, cache * 2**30 // bytes_of_one)
+        and one.images.size == len(one.images.remembered) * bytes_of_one
+    )
+    assert (
+        one.tokens["inference_patches"] == PATCHES * {1: 6, 2e-4: 12, 0: 18}[cache]
+        and not one.tokens["train_patches"]
+    )
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "as adapters"])
 @pytest.mark.parametrize("part", ["vision", "projector"])
 def test_changed_eyes_are_used_at_once(make_policy, merge, part):
-    """Weights that change between two samples: what was seen before is forgotten, and so is what was merged."""
+    """Weights that change between two samples: what was seen before is forgotten, and so is what
+    was merged.
+    """
+
     def change(policy):
         for name, parameter in policy.trainable.items():
             if part_of(name) == part and "lora_B" in name:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+                parameter.data += 0.1 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(3)
+                )
 
     used, fresh = make_policy(merge_for_sampling=merge), make_policy(merge_for_sampling=merge)
     prompts = firsts(used, 4)
@@ -389,20 +484,26 @@ def test_eyes_that_changed_after_a_failure_within_are_used(make_policy):
 
 
 def test_score_does_not_use_what_sampling_saw(make_policy):
-    """Inside `fixed` it is refused, as LoRA layers are copies and images remembered there; outside, weights count as they are."""
+    """Inside `inference` it is refused, as LoRA layers are copies and images remembered there;
+    outside, weights count as they are.
+    """
     policy, fresh = make_policy(), make_policy()
-    sequences = [p.answered(a) for p, a in zip(firsts(policy, 2), policy.encode_answers(["1", "2"]))]
+    sequences = [
+        p.answered(a) for p, a in zip(firsts(policy, 2), policy.encode_answers(["1", "2"]))
+    ]
     with torch.no_grad():
         before = policy.score(sequences)["logprobs"]
         with policy.inference():
-            greedy(policy, [Sequence(s.ids[:s.spans[0][0]], [], s.image) for s in sequences])
+            greedy(policy, [Sequence(s.ids[: s.spans[0][0]], [], s.image) for s in sequences])
             with pytest.raises(RuntimeError, match="inference"):
                 policy.score(sequences)
         for each in (policy, fresh):
             for name, parameter in each.trainable.items():
                 parameter.data += 0.1 * (part_of(name) == "vision" and "lora_B" in name)
         after = policy.score(sequences)["logprobs"]
-        assert torch.equal(after, fresh.score(sequences)["logprobs"]) and not torch.allclose(after, before, atol=1e-5)
+        assert torch.equal(after, fresh.score(sequences)["logprobs"]) and not torch.allclose(
+            after, before, atol=1e-5
+        )
 
 
 # ---------------------------------------------------------------- which parts learn
@@ -420,9 +521,13 @@ def test_16_bits_learn_in_the_direction_of_32(make_policy, turns, device):
 @pytest.mark.parametrize("step", ["ppo", "sft"])
 @pytest.mark.parametrize("tune", TUNED, ids="+".join)
 def test_named_parts_learn_and_nothing_else(make_policy, cfg, turns, tune, step):
-    """After a rollout and through a step: each trainable tensor has a gradient and moves, cross-attention's too."""
+    """After a rollout and through a step: each trainable tensor has a gradient and moves, cross-
+    attention's too.
+    """
     policy = make_policy(tune=tune)
-    assert {part_of(name) for name in policy.trainable} == set(tune) and all("lora_" in name for name in policy.trainable)
+    assert {part_of(name) for name in policy.trainable} == set(tune) and all(
+        "lora_" in name for name in policy.trainable
+    )
     assert any("layers.3.cross_attn.k_proj" in name for name in policy.trainable)
     assert {n for n, p in policy.net.named_parameters() if p.requires_grad} == set(policy.trainable)
     greedy(policy, [t.prompt for t in turns[:6]])
@@ -430,8 +535,15 @@ def test_named_parts_learn_and_nothing_else(make_policy, cfg, turns, tune, step)
     if step == "ppo":
         update(policy, cfg, turns)
     else:
-        sft.train_step(policy, torch.optim.AdamW(policy.trainable.values(), lr=1e-3), sft_batch(policy, cfg), cfg.sft)
-    assert [n for n, p in policy.trainable.items() if p.grad is None or not p.grad.abs().max() > 0] == []
+        sft.train_step(
+            policy,
+            torch.optim.AdamW(policy.trainable.values(), lr=1e-3),
+            sft_batch(policy, cfg),
+            cfg.sft,
+        )
+    assert [
+        n for n, p in policy.trainable.items() if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
     after = tensors(policy, False)
     assert [n for n in frozen if not torch.equal(frozen[n], after[n])] == []
     after = tensors(policy, True)
@@ -447,9 +559,16 @@ def test_full_tuning_of_the_named_parts(make_policy, cfg, tune):
     names = [n for n, _ in policy.net.named_parameters()]
     assert {n for n, p in policy.net.named_parameters() if p.requires_grad} == set(policy.trainable)
     assert set(policy.trainable) == {n for n in names if part_of(n) in tune}
-    assert ("lm_head.weight" in policy.trainable) == ("language" in tune) and "lm_head.weight" in names
+    assert ("lm_head.weight" in policy.trainable) == (
+        "language" in tune
+    ) and "lm_head.weight" in names
     frozen, before = tensors(policy, False), tensors(policy, True)
-    sft.train_step(policy, torch.optim.AdamW(policy.trainable.values(), lr=1e-3), sft_batch(policy, cfg, 3), cfg.sft)
+    sft.train_step(
+        policy,
+        torch.optim.AdamW(policy.trainable.values(), lr=1e-3),
+        sft_batch(policy, cfg, 3),
+        cfg.sft,
+    )
     after = tensors(policy, False)
     assert [n for n in frozen if not torch.equal(frozen[n], after[n])] == []
     moved = {part_of(n) for n, p in policy.trainable.items() if not torch.equal(before[n], p)}
@@ -468,7 +587,10 @@ def test_checkpoint_of_full_tuning_comes_back(make_policy, turns, tmp_path, tune
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("value", ["[]", "[eyes]", "[language, eyes]", "language", "null", "[5]", "[[vision]]", "{vision: 1}"])
+@pytest.mark.parametrize(
+    "value",
+    ["[]", "[eyes]", "[language, eyes]", "language", "null", "[5]", "[[vision]]", "{vision: 1}"],
+)
 def test_bad_tune_is_a_user_error(value):
     with pytest.raises(UserError, match=r"^model\.tune") as error:
         config.load([str(PICTURES), f"model.tune={value}"])
@@ -477,6 +599,7 @@ def test_bad_tune_is_a_user_error(value):
 
 def test_adapters_that_meet_no_tuned_part_are_a_user_error(cfg):
     from policy import Policy
+
     cfg.model.tune, cfg.lora.target_modules = ["projector"], r".*language_model.*\.q_proj"
     with pytest.raises(UserError, match="lora.target_modules") as error:
         Policy(cfg.model, cfg.lora)
@@ -497,7 +620,9 @@ def test_words_and_pictures_do_not_mix(policy):
     assert blind.image is None
     for pair in ([seeing, blind], [blind, seeing]):
         with pytest.raises(ValueError, match="mix"):
-            greedy(policy, [shown(Sequence(blind.ids, []), p.image) for p in pair])  # of one length, hence one batch
+            greedy(
+                policy, [shown(Sequence(blind.ids, []), p.image) for p in pair]
+            )  # of one length, hence one batch
         with pytest.raises(ValueError, match="mix"):
             policy.score([p.answered([5]) for p in pair])
     assert not policy.images.remembered and not policy.in_inference
@@ -516,13 +641,17 @@ def test_words_alone_are_read_as_by_the_text_policy(policy):
     patches = policy.tokens["inference_patches"]
     assert_same_answers(answers_of(policy, prompts), answers_of(text, prompts), atol=0)
     with torch.no_grad():
-        one, two = (p.score([s.answered([65, 66]) for s in prompts])["logprobs"] for p in (policy, text))
+        one, two = (
+            p.score([s.answered([65, 66]) for s in prompts])["logprobs"] for p in (policy, text)
+        )
     assert torch.equal(one, two) and policy.tokens["inference_patches"] == patches
 
 
 # ---------------------------------------------------------------- compute
 def test_compute_with_pictures(make_policy, turns):
-    """6 N or 2 N per text token, and the same of all but the language model's N per patch of a picture looked at."""
+    """6 N or 2 N per text token, and the same of all but the language model's N per patch of a
+    picture looked at.
+    """
     policy, four = make_policy(), turns[:4]
     answers = greedy(policy, [t.prompt for t in four])
     read = sum(len(t.prompt.ids) + len(a.ids) - 1 for t, a in zip(four, answers))
@@ -531,10 +660,19 @@ def test_compute_with_pictures(make_policy, turns):
     read += sum(len(alone(t).ids) for t in four)
     policy.score([alone(t) for t in four[:3]])
     trained = sum(len(alone(t).ids) for t in four[:3])
-    assert policy.tokens == {"train": trained, "inference": read, "train_patches": 65 * 3, "inference_patches": 65 * 8}
+    assert policy.tokens == {
+        "train": trained,
+        "inference": read,
+        "train_patches": 65 * 3,
+        "inference_patches": 65 * 8,
+    }
     weights = load_file(ROOT / "mini/gp/model.safetensors")
     n = sum(t.numel() for t in weights.values())
-    eyes = sum(t.numel() for name, t in weights.items() if re.match("vision_model|multi_modal_projector", name))
+    eyes = sum(
+        t.numel()
+        for name, t in weights.items()
+        if re.match("vision_model|multi_modal_projector", name)
+    )
     assert (policy.parameters, policy.parameters_vision) == (n, eyes) and 0 < eyes < n / 5
     assert policy.flops() == 6 * n * trained + 2 * n * read + 6 * eyes * 65 * 3 + 2 * eyes * 65 * 8
 
@@ -543,9 +681,17 @@ def test_compute_with_pictures(make_policy, turns):
 def test_pack_joins_the_turns_about_one_picture():
     one, two = (Image.new("RGB", (9, 9), colour) for colour in ("white", "white"))
     about = lambda image, *ids: Sequence(list(ids), [], image)  # noqa: E731
-    turns = [(about(one, 1, 2), [3]), (about(one, 1, 2, 3, 4), [5, 6]),
-             (about(two, 1, 2), [3]),  # same words, an equal picture, but another object: another episode
-             (about(two, 1, 2, 3, 4), [5]), (about(one, 1, 2, 3, 4, 5, 6), [7]), (about(None, 1, 2, 3, 4, 5, 6, 7), [8])]
+    turns = [
+        (about(one, 1, 2), [3]),
+        (about(one, 1, 2, 3, 4), [5, 6]),
+        (
+            about(two, 1, 2),
+            [3],
+        ),  # same words, an equal picture, but another object: another episode
+        (about(two, 1, 2, 3, 4), [5]),
+        (about(one, 1, 2, 3, 4, 5, 6), [7]),
+        (about(None, 1, 2, 3, 4, 5, 6, 7), [8]),
+    ]
     packed = pack(turns)
     assert [members for _, members in packed] == [[0, 1], [2, 3], [4], [5]]
     assert packed[0][0].ids == [1, 2, 3, 4, 5, 6] and packed[0][0].spans == [(2, 3), (4, 6)]
@@ -579,7 +725,9 @@ def test_checkpoint_with_eyes_comes_back_to_the_bit(make_policy, turns, tmp_path
     assert {part_of(name) for name in names} == set(PARTS)
     loaded.load(tmp_path)
     assert torch.equal(scores(saved), scores(loaded))
-    assert_same_answers(answers_of(saved, [turns[0].prompt]), answers_of(loaded, [turns[0].prompt]), atol=0)
+    assert_same_answers(
+        answers_of(saved, [turns[0].prompt]), answers_of(loaded, [turns[0].prompt]), atol=0
+    )
 
 
 def test_checkpoint_of_other_parts_is_a_user_error(make_policy, tmp_path):
@@ -596,14 +744,16 @@ def test_tables_resume_in_the_middle_of_episodes(policy, cfg):
         return Play([make_env(cfg.env, 4) for _ in range(5)], seeds)
 
     def turn(tables):
-        return [(t.slot, t.seed, t.prompt.ids, t.prompt.image.tobytes(), t.answer, t.reward, t.info)
-                for t in tables.turn(policy, 0, None)]
+        return [
+            (t.slot, t.seed, t.prompt.ids, t.prompt.image.tobytes(), t.answer, t.reward, t.info)
+            for t in tables.turn(policy, 0, None)
+        ]
 
     one = games(training_seeds(0))
     for _ in range(2):
         turn(one)
     state = json.loads(json.dumps(one.state()))  # plain data, no pixels
-    assert any(answers for _, answers in state["tables"])
+    assert any(answers for _, answers in state["episodes"])
     two = games(training_seeds(9))
     two.restore(state)
     for _ in range(4):
@@ -623,11 +773,15 @@ def test_picture_of_any_mode_or_size(policy):
     plain, alpha, palette = say(image, image.convert("RGBA"), image.convert("RGB").quantize(256))
     assert_same_answers(plain, alpha, atol=0)
     assert palette[1].isfinite().all()
-    grey, also, black = say(image.convert("L"), image.convert("L").convert("RGB"), Image.new("RGB", (112, 112)))
+    grey, also, black = say(
+        image.convert("L"), image.convert("L").convert("RGB"), Image.new("RGB", (112, 112))
+    )
     assert_same_answers(grey, also, atol=0)
     assert not torch.equal(grey[2], black[2])
     wide = gp.cards.draw_table([(rank, "spades") for rank in env.cards], 300, 200)
-    fitted = Image.new("RGB", (112, 112))  # as the image processor has it: scaled to fit, black below
+    fitted = Image.new(
+        "RGB", (112, 112)
+    )  # as the image processor has it: scaled to fit, black below
     fitted.paste(wide.resize((112, 74), Image.Resampling.BILINEAR), (0, 0))
     before = policy.tokens["inference_patches"]
     wide, fitted = say(wide, fitted)
@@ -640,13 +794,19 @@ def test_picture_of_any_mode_or_size(policy):
 
 # ---------------------------------------------------------------- the shipped eyes
 def test_cards_named_are_those_in_the_picture(make_policy):
-    """Forty hands, each prompt given the next one's picture: the answers follow the picture, far beyond guessing."""
+    """Forty hands, each prompt given the next one's picture: the answers follow the picture, far
+    beyond guessing.
+    """
     policy, dealt = make_policy(noise=0), hands(40)
     prompts = policy.encode([obs for obs, _, _ in dealt])
     swapped = [shown(p, prompts[(i + 1) % 40].image) for i, p in enumerate(prompts)]
-    named = [sorted(gp.read_answer(policy.decode(a.ids))["cards"] or []) for a in greedy(policy, swapped)]
+    named = [
+        sorted(gp.read_answer(policy.decode(a.ids)).cards or []) for a in greedy(policy, swapped)
+    ]
     seen = sum(cards == sorted(dealt[(i + 1) % 40][1]) for i, cards in enumerate(named))
     dreamt = sum(cards == sorted(dealt[i][1]) for i, cards in enumerate(named))
-    guesses = play_reference({"name": "gp", "image_size": [112, 112], "split": "all"}, "likeliest cards", 400, 0, 1)
+    guesses = play_reference(
+        {"name": "gp", "image_size": [112, 112], "split": "all"}, "likeliest cards", 400, 0, 1
+    )
     guessed = sum(r["counts"]["recognized"][0] for r in guesses)
     assert guessed < 4 and seen >= 12 and dreamt <= 2, (guessed, seen, dreamt)

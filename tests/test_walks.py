@@ -1,4 +1,7 @@
-"""V-IRL with the bundled model: whole runs in words and in pictures through the scripts' own main(), and what the model sees."""
+"""V-IRL with the bundled model: whole runs in words and in pictures through the scripts' own
+main(), and what the model sees.
+"""
+
 import contextlib
 import io
 import json
@@ -8,27 +11,41 @@ import random
 import pytest
 import torch
 from conftest import CONFIG, policies
-from test_runs import assert_same_run, lines, log, run, stop_after
+from test_runs import assert_same_run, lines, log, run, run_report, stop_after
 
 from lib import settings as config
 import virl
 from rollout import EVAL_SEEDS, make_env
 
 WORDS, VIEWS = CONFIG.with_name("virl_l.yaml"), CONFIG.with_name("virl_vl.yaml")
-TINY = ("sft.steps=2", "sft.init_step=1", "sft.save_every=1", "sft.batch_size=6", "ppo.init=sft/step_1", "ppo.updates=2",
-        "ppo.save_every=1", "ppo.envs=4", "ppo.turns=3", "ppo.minibatch=4", "ppo.epochs=2", "eval.splits={unseen: 4}",
-        "eval.curve_n=2", "eval.temperatures=[0.2]")
+TINY = (
+    "sft.steps=2",
+    "sft.init_step=1",
+    "sft.save_every=1",
+    "sft.batch_size=6",
+    "ppo.init=sft/step_1",
+    "ppo.updates=2",
+    "ppo.save_every=1",
+    "ppo.envs=4",
+    "ppo.turns=3",
+    "ppo.minibatch=4",
+    "ppo.epochs=2",
+    "eval.splits={unseen: 4}",
+    "eval.curve_n=2",
+    "eval.temperatures=[0.2]",
+)
 REFERENCES = ("always forward", "copy the compass word", "copy the relative word", "blind")
 
 
 @pytest.fixture(scope="module", params=[WORDS, VIEWS], ids=lambda path: path.stem)
 def walked(request, tmp_path_factory):
-    """(configuration, run directory of an SFT and a PPO run, what eval.py printed)."""
+    """(configuration, run directory of an SFT and a PPO run, what report.py printed)."""
     folder, printed = tmp_path_factory.mktemp(request.param.stem) / "run", io.StringIO()
     run("sft", folder, config=request.param, tiny=TINY)
     run("rl", folder, config=request.param, tiny=TINY)
     with contextlib.redirect_stdout(printed):
         run("eval", folder, config=request.param, tiny=TINY)
+        run_report(folder)
     return request.param, folder, printed.getvalue()
 
 
@@ -40,11 +57,19 @@ def test_runs_log_what_happens_on_walks(walked):
         assert set(record["answers"]) <= {"correct", "wrong_action", "wrong_observation", "illegal"}
         assert 0 <= record["per_step"] <= 1 and record["ratio_gap"] < 3e-4
         assert (record["tokens"]["train_patches"] > 0) == (path == VIEWS)
-    assert {r["reward"] for r in lines(folder / "rl" / "transcripts.jsonl")} <= {1, -1, -1.5, -2, -2.5}
+    assert {r["reward"] for r in lines(folder / "rl" / "transcripts.jsonl")} <= {
+        1,
+        -1,
+        -1.5,
+        -2,
+        -2.5,
+    }
     assert len({r["seed"] for r in lines(folder / "rl" / "transcripts.jsonl")}) > 1
 
 
-def test_stopped_in_the_middle_of_walks_and_continued_is_the_run_undisturbed(walked, tmp_path, monkeypatch):
+def test_stopped_in_the_middle_of_walks_and_continued_is_the_run_undisturbed(
+    walked, tmp_path, monkeypatch
+):
     path, whole, _ = walked
     folder = tmp_path / "run"
     run("sft", folder, config=path, tiny=TINY)
@@ -64,19 +89,31 @@ def test_evaluation_shows_steps_turns_success_and_the_reference_policies(walked)
     for name in ("per-step accuracy", "turns", "success", *["recognition"] * (path == VIEWS)):
         assert f"paired differences of {name} " in printed
     assert ("recognition" in printed) == (path == VIEWS)
-    assert cell["ID", "copy the compass word"]["solved"] == cell["rule OOD", "copy the relative word"]["solved"] == 100
-    assert cell["ID", "copy the relative word"]["per_step"] == cell["rule OOD", "copy the compass word"]["per_step"] == 0
+    assert (
+        cell["ID", "copy the compass word"]["solved"]
+        == cell["rule OOD", "copy the relative word"]["solved"]
+        == 100
+    )
+    assert (
+        cell["ID", "copy the relative word"]["per_step"]
+        == cell["rule OOD", "copy the compass word"]["per_step"]
+        == 0
+    )
     for variant in ("ID", "rule OOD"):
         assert cell[variant, "blind"]["solved"] == 100 and cell[variant, "blind"]["first_stop"] == 0
         assert cell[variant, "always forward"]["per_step"] == 0  # the walk starts with a turn
-    assert (cell["ID", "blind"]["first_turn"] < 100) == (path == VIEWS)  # there no text tells of intersections
+    assert (cell["ID", "blind"]["first_turn"] < 100) == (
+        path == VIEWS
+    )  # there no text tells of intersections
     assert all(printed.count(name) >= 3 for name in REFERENCES)
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- the bundled model
 def stops(path, n, what="is on your"):
-    """[(environment, observation)] at a random position each of n walks, where the oracle sees what is asked for."""
+    """[(environment, observation)] at a random position each of n walks, where the oracle sees
+    what is asked for.
+    """
     cfg, *_ = config.load([str(path)])
     found, rng = [], random.Random(0)
     for seed in range(EVAL_SEEDS, EVAL_SEEDS + n):
@@ -94,7 +131,9 @@ def eyes():
 
 
 def test_prompts_and_answers_are_short():
-    """Whole phrases are tokens: a prompt of the mini is far from the 400 tokens that made an update take minutes."""
+    """Whole phrases are tokens: a prompt of the mini is far from the 400 tokens that made an
+    update take minutes.
+    """
     policy = policies(config.load([str(WORDS)])[0])(noise=0)
     found = stops(WORDS, 40, what="")
     prompts = [len(s.ids) for s in policy.encode([obs for _, obs in found])]
@@ -104,19 +143,29 @@ def test_prompts_and_answers_are_short():
 
 
 def test_answers_follow_the_street_views(eyes):
-    """The words of a walk stay the same, the picture is that of a place with a landmark, or another walk's without."""
+    """The words of a walk stay the same, the picture is that of a place with a landmark, or
+    another walk's without.
+    """
     near, far = stops(VIEWS, 20), stops(VIEWS, 20, what=virl.NOTHING)
 
     def reports(images):
         prompts = eyes.encode([{**obs, "image": image} for (_, obs), image in zip(near, images)])
-        said = [virl.read_answer(eyes.decode(a.ids))["current observation"] for a in eyes.sample(prompts, 0, torch.Generator())]
+        said = [
+            virl.read_answer(eyes.decode(a.ids))["current observation"]
+            for a in eyes.sample(prompts, 0, torch.Generator())
+        ]
         return sum(bool(virl.sightings(s or "")[0]) for s in said)
 
-    assert reports([obs["image"] for _, obs in near]) >= 15 and reports([obs["image"] for _, obs in far]) <= 5
+    assert (
+        reports([obs["image"] for _, obs in near]) >= 15
+        and reports([obs["image"] for _, obs in far]) <= 5
+    )
 
 
 def test_images_of_one_walk_are_scored_with_their_own_turns(eyes):
-    """The log-probs of an answer do not depend on the walks it is scored beside, each with its picture."""
+    """The log-probs of an answer do not depend on the walks it is scored beside, each with its
+    picture.
+    """
     found = stops(VIEWS, 6)
     answers = eyes.encode_answers([env.expert() for env, _ in found])
     sequences = [p.answered(a) for p, a in zip(eyes.encode([obs for _, obs in found]), answers)]

@@ -1,0 +1,48 @@
+"""What evaluation.json is made of: eval.py writes it, report.py reads it. No torch in this file.
+
+    reports                    what the environment wants shown: {name, title, metrics} each
+    splits, variants           episodes per run and split; changes of the environment per variant
+    temperatures, curve_n      sampled at; episodes per run and point of a curve
+    gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
+    table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate}}
+                               in %; of a reference policy the temperature is null
+    differences                rows {split, variant, temperature, arm, base, metrics} in points
+    per_run                    {run folder: its own differences}, where several runs are pooled
+    curves                     {variant: {arm: [Point]}}, at the first split and temperature
+    transcripts                {arm, variant, episodes: [[{text, reward, feedback}]]}, if wanted
+    runs, seeds, minutes       run folders, their seeds, minutes of training per arm
+    commit, machine, versions  where and with what it was measured
+"""
+from typing import NamedTuple
+
+
+class Estimate(NamedTuple):
+    """A ratio in % (or a difference of two, in points) with its 95 % bootstrap interval."""
+    value: float
+    low: float
+    high: float
+
+
+class Report(NamedTuple):
+    """A block of the table: metrics of `rollout.counts` side by side, and their title."""
+    name: str
+    title: str
+    metrics: list
+
+    @property
+    def lead(self):
+        """The metric that carries the interval, the paired differences and the curves."""
+        return self.metrics[-1]
+
+
+class Point(NamedTuple):
+    """A checkpoint on a curve: model GFLOPs, the leading metric and recognition, both in %."""
+    gflops: float
+    value: float
+    low: float
+    high: float
+    recognition: float
+
+
+def temperature_name(temperature):
+    return f"T = {temperature:g}" if temperature else "greedy"

@@ -1,0 +1,153 @@
+"""Real street views along the routes of an official file, from a folder of panoramas.
+
+Nothing is ever fetched.
+"""
+import csv
+import itertools
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from scenery.official import METRES, checked_geocode, geocode, get_field, is_number, read_routes
+from scenery.official import refuse_unless
+from scenery.streets import grid, view_size
+
+NEAREST = 20  # metres within which a panorama stands for a place
+CELLS = 12  # per side of a view, within which the projection is bilinear
+
+
+def panorama_views(panorama, yaw, size):
+    """[front, right; back, left] out of an equirectangular panorama, as `street_views` does.
+
+    Args:
+        panorama: RGB image of 360 x 180 degrees.
+        yaw: degrees from its middle, clockwise, to the front.
+        size: pixels. Each of the four views is 90 degrees wide, as in the original.
+    """
+    tile = view_size(size)
+    twice = Image.new("RGB", (2 * panorama.width, panorama.height))  # so no cell crosses the seam
+    twice.paste(panorama, (0, 0))
+    twice.paste(panorama, (panorama.width, 0))
+    edges = [round(k * tile / CELLS) for k in range(CELLS + 1)]
+    views = []
+    for turn in (0, 90, 180, 270):
+        mesh = []
+        for i, j in itertools.product(range(CELLS), repeat=2):
+            box = (edges[i], edges[j], edges[i + 1], edges[j + 1])
+            corners = ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j))
+            quad = [_source(panorama, yaw + turn, *corner) for corner in corners]
+            mesh.append((box, tuple(itertools.chain(*quad))))
+        how = Image.Transform.MESH, mesh, Image.Resampling.BILINEAR
+        views.append(twice.transform((tile, tile), *how))
+    return grid(views, size)
+
+
+def _source(panorama, yaw, column, row):
+    """Where in a panorama the corner of a cell lies, pixels."""
+    right, up = 2 * column / CELLS - 1, 1 - 2 * row / CELLS  # on the plane one ahead
+    middle = (0.5 + yaw / 360 % 1) * panorama.width
+    x = middle + math.degrees(math.atan2(right, 1)) / 360 * panorama.width
+    elevation = math.degrees(math.atan2(up, math.hypot(1, right)))
+    return x, (0.5 - elevation / 180) * panorama.height
+
+
+def _globe(lat, lng):
+    """(x, y, z) metres from the middle of the Earth."""
+    lat, lng, radius = math.radians(lat), math.radians(lng), METRES * 180 / math.pi
+    x = radius * math.cos(lat) * math.cos(lng)
+    y = radius * math.cos(lat) * math.sin(lng)
+    return x, y, radius * math.sin(lat)
+
+
+def _cell(spot):
+    """The cube of NEAREST metres that holds one of _globe's spots."""
+    return tuple(int(v // NEAREST) for v in spot)
+
+
+class Panoramas:
+    """Panoramas and which of them stands for a place.
+
+    The folder holds panoramas.csv (lat, lng, pano_id), <pano_id>.jpg (equirectangular) and
+    <pano_id>.metadata.json, whose "rotation" is the compass heading of the picture's middle.
+
+    Raises: ValueError naming the file and what is wrong with it, or the route and the place that
+    has no panorama.
+    """
+
+    def __init__(self, folder, routes):
+        self.folder = Path(folder)
+        self.cells = {}  # {cell: [(spot on the globe, pano_id)]}
+        self.rotations = {}  # {pano_id: degrees}
+        table = self.folder / "panoramas.csv"
+        try:
+            with open(table, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    self._add(row)
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"panoramas: {table}: {error}") from None
+        refuse_unless(self.cells, f"panoramas: {table} has no rows")
+        for route in routes:
+            for place in route.places():
+                self._find(route, place)
+
+    def _add(self, row):
+        """A row of panoramas.csv."""
+        name = row["pano_id"]
+        refuse_unless(re.fullmatch(r"[\w-]+", name, re.ASCII),
+                      f"pano_id {name!r} may hold letters, digits, _ and - only")
+        place = [float(row["lat"]), float(row["lng"])]
+        spot = _globe(*checked_geocode(place, f"row of {name}"))
+        self.cells.setdefault(_cell(spot), []).append((spot, name))
+
+    def _near(self, here):
+        """(metres, pano_id) of the panoramas in the cells around a spot."""
+        x, y, z = _cell(here)
+        around = itertools.product((x - 1, x, x + 1), (y - 1, y, y + 1), (z - 1, z, z + 1))
+        for cell in around:
+            for spot, name in self.cells.get(cell, ()):
+                yield math.dist(spot, here), name
+
+    def _find(self, route, place):
+        """The panorama nearest to a place of a route; its files are read when it is first found."""
+        lat, lng = geocode(route.start, place)
+        where = f"panoramas: route {route.key}: {lat:.6f}, {lng:.6f}"
+        away, name = min(self._near(_globe(lat, lng)), default=(math.inf, None))
+        refuse_unless(away <= NEAREST, f"{where} has none within {NEAREST} m")
+        if name not in self.rotations:
+            path = self.folder / name
+            try:
+                rotation = self._rotation(path)
+                Image.open(path.with_suffix(".jpg")).close()
+            except (OSError, ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: {path}: {error}") from None
+            self.rotations[name] = rotation
+        return name
+
+    def _rotation(self, path):
+        metadata = json.loads(path.with_suffix(".metadata.json").read_text(encoding="utf-8"))
+        rotation = get_field(metadata, "rotation")
+        refuse_unless(is_number(rotation), f"rotation {rotation!r} is not a number of degrees")
+        return rotation
+
+    def view(self, route, place, heading, size):
+        """The 2x2 street view at a place of a route, from the panorama nearest to it.
+
+        Args: place: (x, y), metres from the route's start; heading: degrees; size: pixels.
+        """
+        name = self._find(route, place)
+        try:
+            with Image.open(self.folder / f"{name}.jpg") as picture:
+                yaw = heading - self.rotations[name]
+                return panorama_views(picture.convert("RGB"), yaw, size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"panoramas: {self.folder / name}.jpg: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def panoramas_of(folder, path):
+    """The Panoramas for the routes of a file, checked once for all environments."""
+    return Panoramas(folder, read_routes(path))

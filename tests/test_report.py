@@ -1,0 +1,310 @@
+"""Tables, figures and documents of an evaluation.json written by hand, and of results/*.json."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+import report
+from lib.settings import UserError
+
+VARIANTS = ("ID", "rule OOD")
+# per variant, arm and temperature: first attempt, success, recognition, each with its interval
+VALUES = {"Init": [60, 50, 70], "sft": [80, 70, 90], "rl": [65, 60, 71]}
+
+
+def evaluation(**changes):
+    """Two variants at two temperatures; recognition is not known of the reference policy."""
+    table, differences = [], []
+    for variant in VARIANTS:
+        for arm, (value, low, high) in VALUES.items():
+            for temperature in (0.2, 0):
+                metrics = {
+                    "first": [value - 10, low - 10, high - 10],
+                    "solved": [value, low, high],
+                    "recognized": [value + 10, low, high + 10],
+                }
+                table.append(
+                    {
+                        "split": "all",
+                        "variant": variant,
+                        "arm": arm,
+                        "temperature": temperature,
+                        "n": 40,
+                        "metrics": metrics,
+                    }
+                )
+        table.append(
+            {
+                "split": "all",
+                "variant": variant,
+                "arm": "guess",
+                "temperature": None,
+                "n": 40,
+                "metrics": {"first": [1, 1, 1], "solved": [2.04, 2, 3]},
+            }
+        )
+        for arm, base in (("sft", "Init"), ("rl", "Init"), ("rl", "sft")):
+            for temperature in (0.2, 0):
+                gap = VALUES[arm][0] - VALUES[base][0]
+                metrics = {"solved": [gap, gap - 3, gap + 4.5]}
+                differences.append(
+                    {
+                        "split": "all",
+                        "variant": variant,
+                        "temperature": temperature,
+                        "arm": arm,
+                        "base": base,
+                        "metrics": metrics,
+                    }
+                )
+    curve = {
+        "Init": [[10, 60, 50, 70, 90]],
+        "sft": [[10, 60, 50, 70, 90], [40, 80, 70, 90, 60]],
+        "rl": [[10, 60, 50, 70, 90], [50, 65, 60, 71, 95]],
+    }
+    found = {
+        "runs": ["runs/a", "runs/b"],
+        "seeds": [1, 2],
+        "commit": "abc",
+        "machine": "here",
+        "versions": "1",
+        "reports": [
+            {"name": "success", "title": "success %", "metrics": ["first", "solved"]},
+            {"name": "recognition", "title": "read %", "metrics": ["recognized"]},
+        ],
+        "splits": {"all": 20},
+        "variants": dict.fromkeys(VARIANTS, {}),
+        "temperatures": [0.2, 0],
+        "curve_n": 6,
+        "gflops": {"Init": 10, "sft": 40, "rl": 50_000},
+        "table": table,
+        "differences": differences,
+        "per_run": {"runs/a": differences, "runs/b": differences},
+        "curves": dict.fromkeys(VARIANTS, curve),
+        "minutes": {"eval": 1.5},
+    }
+    found["earlier"] = {"table": table, "differences": differences}
+    return {**found, **changes}
+
+
+@pytest.fixture
+def show(tmp_path, capsys):
+    """report.main over a run folder that holds an evaluation; returns what it prints."""
+
+    def shown(*arguments, **changes):
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(**changes)))
+        report.main([str(tmp_path), *arguments])
+        return capsys.readouterr().out
+
+    shown.folder = tmp_path
+    return shown
+
+
+# ---------------------------------------------------------------- on screen
+def test_table_by_hand(show):
+    """Values of every column, half the interval at the last one, references without interval."""
+    block = show().splitlines()[1:10]
+    assert block == [
+        "all: success %, ± half the 95 % interval, n = 40",
+        " " * 17 + "        T = 0.2         " + "         greedy         " + "   model GFLOPs",
+        "ID        Init      50.0 /  60.0 ±10.0      50.0 /  60.0 ±10.0              10",
+        "          sft       70.0 /  80.0 ±10.0      70.0 /  80.0 ±10.0              40",
+        "          rl        55.0 /  65.0 ± 5.5      55.0 /  65.0 ± 5.5          50,000",
+        "          guess      1.0 /   2.0",
+        "rule OOD  Init      50.0 /  60.0 ±10.0      50.0 /  60.0 ±10.0              10",
+        "          sft       70.0 /  80.0 ±10.0      70.0 /  80.0 ±10.0              40",
+        "          rl        55.0 /  65.0 ± 5.5      55.0 /  65.0 ± 5.5          50,000",
+    ]
+
+
+def test_differences_by_hand(show):
+    printed = show()
+    block = printed[printed.index("paired differences of success") :].splitlines()[:4]
+    assert block[0] == "paired differences of success in points [95 % interval]"
+    assert [line.rstrip() for line in block[1:]] == [
+        " " * 31 + "        T = 0.2                  greedy",
+        "all     ID        sft - Init    +20.0 [+17.0, +24.5]    +20.0 [+17.0, +24.5]",
+        "all     ID        rl - Init      +5.0 [ +2.0,  +9.5]     +5.0 [ +2.0,  +9.5]",
+    ]
+
+
+def test_what_never_occurred_is_a_dash(show):
+    """The reference has no recognition, no pair a difference in it."""
+    printed = show()
+    (read,) = re.findall(r"all: read %.*?\n\n", printed, re.DOTALL)
+    assert [line.split()[-1] for line in read.splitlines() if "guess" in line] == ["-", "-"]
+    gaps = printed[printed.index("differences of recognition") :].splitlines()[2:8]
+    assert [line.split()[-2:] for line in gaps] == [["-", "-"]] * 6
+    assert "nan" not in printed.lower()
+
+
+def test_nothing_to_compare_prints_no_differences(show):
+    assert "paired" not in show(differences=[])
+
+
+def test_transcripts_are_printed_turn_by_turn(show):
+    turns = [
+        {"text": "7*3", "reward": -1, "feedback": "No, 21."},
+        {"text": "8*3", "reward": 5, "feedback": ""},
+    ]
+    printed = show(transcripts=[{"arm": "rl", "variant": "ID", "episodes": [turns]}])
+    assert printed.endswith(
+        "\n--- rl, ID, T = 0.2\n  7*3\n    -> -1 No, 21.\n  8*3\n    -> +5 correct\n\n"
+    )
+
+
+def test_configuration_names_the_run_folder(show, capsys):
+    printed = show()
+    report.main([str(ROOT / "configs/mini/gp_l.yaml"), f"run.dir={show.folder}"])
+    assert capsys.readouterr().out == printed
+
+
+def test_nothing_evaluated_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="run eval.py first"):
+        report.main([str(tmp_path)])
+
+
+def test_evaluation_of_an_older_version_is_a_user_error(tmp_path):
+    (tmp_path / "evaluation.json").write_text('{"gflops": {}, "table": []}')
+    with pytest.raises(UserError, match="older version: run eval.py again"):
+        report.main([str(tmp_path)])
+
+
+# ---------------------------------------------------------------- figures
+def drawn(show, monkeypatch, **changes):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    show(**changes)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close(figure)
+    return figure
+
+
+def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch):
+    axes = drawn(show, monkeypatch).axes
+    labels = [axis.get_ylabel() for axis in axes]
+    assert labels == ["ID\nsuccess % (T = 0.2)", "", "rule OOD\nsuccess % (T = 0.2)", ""]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert curves == {"Init": [[10, 60]], "SFT": [[10, 60], [40, 80]], "RL": [[10, 60], [50, 65]]}
+    dots = [dots.get_offsets().tolist() for dots in axes[1].collections]
+    assert dots == [[[90, 60]], [[90, 60], [60, 80]], [[90, 60], [95, 65]]]
+    assert axes[0].get_title() == "6 episodes per seed and point, seeds: 2"
+    assert (show.folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_without_recognition_has_one_column(show, monkeypatch):
+    reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
+    axes = drawn(show, monkeypatch, reports=reports).axes
+    labels = [axis.get_ylabel() for axis in axes]
+    assert labels == [f"{variant}\nper-step accuracy % (T = 0.2)" for variant in VARIANTS]
+
+
+def test_no_curves_no_figure(show):
+    assert "written" not in show(curves=dict.fromkeys(VARIANTS, {}))
+    assert not (show.folder / "evaluation.png").exists()
+
+
+# ---------------------------------------------------------------- documents
+@pytest.fixture
+def block(tmp_path, monkeypatch):
+    """The lines that `regenerate` writes into a block whose results are those written by hand."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "x.json").write_text(json.dumps(evaluation()))
+    (tmp_path / "results").mkdir()
+    rows = {"GP-L rule OOD": {"Init": 11.5, "sft": 3.4, "rl": 15.0}}
+    (tmp_path / "results" / "paper.json").write_text(json.dumps({"rows": rows}))
+
+    def written(marker):
+        text = f"before\n<!-- {marker}-->\nold\n<!-- end -->\nafter"
+        new = report.regenerate(text, tmp_path / "docs")
+        assert new.startswith(f"before\n<!-- {marker}-->\n\n") and new.endswith(
+            "\n\n<!-- end -->\nafter"
+        )
+        assert report.regenerate(new, tmp_path / "docs") == new
+        return new.splitlines()[marker.count("\n") + 3 : -3]
+
+    return written
+
+
+def test_table_block_by_hand(block):
+    lines = block(
+        "table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n  paper: GP-L rule OOD\n"
+    )
+    assert lines == [
+        "| % | Init | SFT | RL | SFT - Init | RL - Init | RL - SFT |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| ours, ID | 60.0 ± 10.0 (60.0) | 80.0 ± 10.0 (80.0) | 65.0 ± 5.5 (65.0)"
+        " | +20.0 [17.0, 24.5] | +5.0 [2.0, 9.5] | -15.0 [-18.0, -10.5] |",
+        "| paper | 11.5 | 3.4 | 15.0 | -8.1 | +3.5 | +11.6 |",
+        "| model GFLOPs | 10 | 40 | 50,000 |  |  |  |",
+    ]
+
+
+def test_trainings_block_by_hand(block):
+    lines = block("trainings\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
+    assert lines[2:] == [
+        "| won: SFT - Init | +20.0 [17.0, 24.5] | +20.0, +20.0 | +20.0 [17.0, 24.5] | not kept |",
+        "| won: RL - Init | +5.0 [2.0, 9.5] | +5.0, +5.0 | +5.0 [2.0, 9.5] | not kept |",
+    ]
+
+
+def test_grid_block_by_hand(block):
+    fields = "source: x.json\nsplit: all\nhead: arm\nmetrics: [solved, first]\nrows:\n  one: sft\n"
+    assert block(f"grid\n{fields}")[2:] == ["| one | 80 (70) | 80 (70) |"]
+
+
+def test_figure_block_says_how_much_is_behind_the_picture(block):
+    lines = block("figure\nsource: x.json\nimage: docs/x.png\ntitle: T\nunit: hands\n")
+    assert lines[0] == "![T](x.png)"
+    assert lines[2] == (
+        "*T, 2 seeds. In the picture each seed and point has 6 hands (bands: 95 %), "
+        "in the tables 20.*"
+    )
+
+
+def test_unknown_row_is_a_user_error(block):
+    with pytest.raises(UserError, match="no solved of"):
+        block("table\nsource: x.json\nrows:\n  x: [all, sideways, solved]\n")
+
+
+@pytest.mark.parametrize("path", report.documents(), ids=lambda path: path.name)
+def test_documents_are_what_the_results_say(path):
+    text = path.read_text(encoding="utf-8")
+    assert report.regenerate(text, path.parent) == text
+    assert len(report.BLOCK.findall(text)) == text.count("<!-- end -->")  # no marker misspelt
+
+
+def test_documents_command_writes_text_and_figures(block, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    figure = (
+        "<!-- figure\nsource: x.json\nimage: docs/x.png\ntitle: T\nunit: hands\n-->\n<!-- end -->\n"
+    )
+    (tmp_path / "README.md").write_text("nothing to write here\n")
+    (tmp_path / "docs" / "r.md").write_text(figure)
+    report.main(["--documents"])
+    assert "![T](x.png)" in (tmp_path / "docs" / "r.md").read_text()
+    assert (tmp_path / "docs" / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "README.md").read_text() == "nothing to write here\n"
+
+
+def test_published_numbers_are_rounded_and_keep_what_a_person_wrote(show):
+    target = show.folder / "x.json"
+    target.write_text(json.dumps({"what": "by hand", "commit": "old"}))
+    show("--publish", str(target), gflops={"Init": 1.23456, "sft": 40, "rl": 50}, transcripts=[])
+    found = json.loads(target.read_text())
+    assert found["what"] == "by hand" and found["commit"] == "abc" and "transcripts" not in found
+    assert found["gflops"] == {"Init": 1.235, "sft": 40, "rl": 50}
+    assert found["table"] == evaluation()["table"]
+
+
+def test_report_needs_no_model():
+    """Nor do the files of lib/ that it imports bring torch."""
+    import subprocess
+    import sys
+
+    code = "import sys; import report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

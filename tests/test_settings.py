@@ -1,0 +1,306 @@
+"""The user's interface: settings, the words of refusals, exit codes. No torch here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import CONFIG, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib import settings as config
+from lib.settings import UserError, check, load, within_memory
+
+
+PLAIN = yaml.safe_load(CONFIG.read_text())
+
+
+def refusal(*arguments):
+    """The single line with which load() refuses the shipped configuration plus overrides."""
+    with pytest.raises(UserError) as error:
+        load([str(CONFIG), *arguments])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def contents(folder):
+    """{path below the folder: its bytes, or None for a folder}."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+# ---------------------------------------------------------------- what is refused, and how
+@pytest.mark.parametrize(
+    "override, meant",
+    [
+        ("ppo.clp=0.2", "ppo.clip"),
+        ("ppo.verify_iter=1", "ppo.verify_iters"),
+        ("pp.clip=0.2", "ppo.clip"),
+        ("model.pth=x", "model.path"),
+        ("sft.lr_=1", "sft.lr"),
+        ("eval.temperature=[1]", "eval.temperatures"),
+        ("rn.seed=1", "run.seed"),
+        ("lora.rank=8", ""),
+        ("seed=1", ""),
+        ("ppo.clip.x=1", "ppo.clip"),
+    ],
+)
+def test_misspelt_override_names_the_nearest_key(override, meant):
+    message = refusal(override)
+    assert f"unknown key {override.split('=')[0]}" in message
+    assert meant in message.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize(
+    "section, key, meant",
+    [
+        ("ppo", "lamb", "lam"),
+        ("sft", "batchsize", "batch_size"),
+        ("model", "quantisation", "quantization"),
+        ("run", 5, ""),
+    ],
+)
+def test_misspelt_key_in_the_file_names_the_nearest_key(raw, section, key, meant):
+    raw[section][key] = 1
+    with pytest.raises(UserError, match=f"unknown key {section}.{key}.*{meant}"):
+        check(raw)
+
+
+def test_misspelt_section_names_the_nearest_section(raw):
+    raw["pppo"] = raw.pop("ppo")
+    with pytest.raises(UserError, match="'pppo'.*ppo?"):
+        check(raw)
+
+
+def test_missing_key_or_section_is_named(raw):
+    for section, keys in raw.items():
+        rest = {k: v for k, v in raw.items() if k != section}
+        with pytest.raises(UserError, match=section):
+            check(rest)
+        if section == "env":
+            continue  # the environment's own
+        for key in keys:
+            others = {k: v for k, v in keys.items() if k != key}
+            with pytest.raises(UserError, match=f"{section}.{key}"):
+                check({**raw, section: others})
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("ppo.clip=x", "ppo.clip: 'x' is not a number"),
+        ("ppo.lam=2", "ppo.lam: 2.0 is not between 0 and 1"),
+        ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
+        ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
+        ("eval.temperatures=[]", "eval.temperatures is empty"),
+    ],
+)
+def test_refusal_names_the_setting_and_the_reason(override, words):
+    assert refusal(override) == words
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("ppo.updates=many", "whole number"),
+        ("ppo.updates=1.5", "whole number"),
+        ("ppo.updates=true", "whole number"),
+        ("ppo.clip=wide", "number"),
+        ("ppo.clip=true", "number"),
+        ("ppo.clip=", "number"),
+        ("ppo.clip=[0.1]", "number"),
+        ("ppo.normalize_advantages=1", "true or false"),
+        ("ppo.normalize_advantages='true'", "true or false"),
+        ("ppo.init=3", "text"),
+        ("ppo.value_hidden=8", "list"),
+        ("ppo.value_hidden=[8, x]", "whole number"),
+        ("ppo.ratio=word", "turn, token"),
+        ("model.device=gpu", "cpu, cuda, auto"),
+        ("eval.variants=[ID]", "mapping"),
+        ("ppo=5", "unknown key"),
+        ("lora=5", "mapping"),
+        ("eval.splits=[all]", "mapping"),
+        ("eval.splits={all: x}", "whole number"),
+        ("sft.steps=0", "between"),
+        ("ppo.gamma=1.01", "between"),
+        ("ppo.lr=-1e-6", "between"),
+        ("ppo.lr=.nan", "between"),
+        ("ppo.temperature=0", "between"),
+        ("eval.temperatures=[0.2, -1]", "between"),
+        ("run.seed=-1", "between"),
+        ("sft.init_step=100000", "sft.init_step"),
+        ("ppo.clip=[", "not YAML"),
+        ("ppo.clip", "key=value"),
+    ],
+)
+def test_wrong_value_is_refused(override, reason):
+    message = refusal(override)
+    assert reason in message and override.split("=")[0] in message
+
+
+NUMBERS = st.integers() | st.just(10**400) | st.floats()
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=5)
+
+
+def containers(items):
+    names = st.text(max_size=3) | st.integers()
+    return st.lists(items, max_size=3) | st.dictionaries(names, items, max_size=3)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(sorted(config.SCHEMA)),
+    st.recursive(SCALARS, containers, max_leaves=4),
+)
+def test_any_value_is_either_taken_or_refused_in_words(key, value):
+    raw = dict(PLAIN)
+    section, _, name = key.partition(".")
+    raw[section] = {**raw[section], name: value} if name else value
+    try:
+        check(raw)
+    except UserError as error:
+        assert key in str(error) or key == "sft.steps"  # that one may also clash with sft.init_step
+
+
+def test_scientific_notation_becomes_a_number():
+    """YAML itself reads 1e-6 as text."""
+    cfg, raw, _ = load([str(CONFIG), "ppo.lr=1e-6", "ppo.clip=1", "eval.temperatures=[1, 2e-1]"])
+    assert yaml.safe_load("1e-6") == "1e-6" and cfg.ppo.lr == raw["ppo"]["lr"] == 1e-6
+    assert type(cfg.ppo.clip) is float and cfg.eval.temperatures == [1.0, 0.2]
+
+
+def test_overrides_reach_the_environment_and_the_last_one_counts():
+    cfg, *_ = load([str(CONFIG), "env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"])
+    assert cfg.env["rule"] == {"J": 1, "Q": 2, "K": 3} and cfg.ppo.envs == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, b"\x00\xff\xfe\x80", b"ppo: [1, 2", b"a: b: c", b"\tx: 1", b"just words", b"", b"- 1"],
+)
+def test_unreadable_file_is_named(tmp_path, text):
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError, match="my.yaml") as error:
+        load([str(path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], [str(ROOT)]])
+def test_without_a_file_the_usage_is_shown(arguments):
+    with pytest.raises(UserError, match="CONFIG.yaml"):
+        load(arguments)
+
+
+def test_tuning_all_parameters_needs_unquantised_weights():
+    assert "model.quantization" in refusal("lora=null", "model.quantization=nf4")
+    assert load([str(CONFIG), "lora=null", "model.quantization=none"])[0].lora is None
+    assert "model.dtype=float32" in refusal(
+        "lora=null", "model.quantization=none", "model.dtype=bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_shipped_configuration_loads_and_explains_every_key(path):
+    load([str(path)])
+    section = ""
+    for line in path.read_text().splitlines():
+        indent, key, rest = re.match(r"( *)([\w ]+)?(?::(.*))?", line).groups()
+        section = key if key and not indent else section
+        if len(indent) == 2 and key and rest is not None:
+            assert "#" in rest, f"{section}.{key} says nothing about itself"
+
+
+# ---------------------------------------------------------------- out of memory
+class OutOfMemoryError(RuntimeError):
+    """torch's, by its name."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_names_what_to_change(error):
+    cfg, *_ = load([str(CONFIG), "ppo.envs=1", "model.sample_tokens=512"])
+    to_lower = ("model.sample_tokens", "ppo.envs")
+    to_set = ("model.quantization=nf4", "model.merge_for_sampling=false")
+    with pytest.raises(UserError) as met, within_memory("sampling", cfg, *to_lower, *to_set):
+        raise error
+    message = str(met.value)  # without ppo.envs and model.quantization: they are there already
+    assert message.startswith(
+        "out of memory while sampling: lower model.sample_tokens (512) or set "
+        "model.merge_for_sampling=false; `python plan.py CONFIG` shows"
+    )
+    assert "\n" not in message and "last checkpoint is intact" in message
+    with pytest.raises(UserError, match="larger machine"):
+        with within_memory("loading", cfg, "model.quantization=nf4"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes"), ValueError("out of memory"), UserError("no")], ids=repr
+)
+def test_other_errors_pass_unchanged(error):
+    with pytest.raises(type(error)) as met, within_memory("sampling", None):
+        raise error
+    assert met.value is error
+
+
+# ---------------------------------------------------------------- scripts as a user runs them
+WITHOUT_GPU = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+
+
+@pytest.mark.parametrize(
+    "script, override, named",
+    [
+        ("sft.py", "ppo.clp=0.2", "ppo.clip"),
+        ("sft.py", "model.path=/no/such/model", "/no/such/model"),
+        pytest.param("sft.py", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
+        ("rl.py", "ppo.init=sft/step_7", "sft/step_7"),
+        ("rl.py", "ppo.init=damaged", "damaged"),
+    ],
+)
+def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, named):
+    """Whatever libraries say while loading, the user sees the error alone; nothing is written."""
+    (tmp_path / "damaged").mkdir()
+    for name in ("adapter_model.safetensors", "value_head.safetensors", "trainer.pt"):
+        (tmp_path / "damaged" / name).write_bytes(b"not a tensor in sight")
+    before = contents(tmp_path)
+    done = subprocess.run(
+        [sys.executable, script, str(CONFIG), f"run.dir={tmp_path}", override],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "") and contents(tmp_path) == before
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
+    def main(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_main(main)
+    assert stop.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
