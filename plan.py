@@ -16,9 +16,11 @@ import re
 import sys
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from itertools import product
 from types import SimpleNamespace
 
-from policy import Policy  # first of these: it sets up the libraries
+# ours first: policy sets up the libraries before they start
+from policy import Policy
 from lib.batching import Sequence
 from lib.images import PATCHES_AT_ONCE
 from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
@@ -34,7 +36,7 @@ MARGIN = 1.0  # GiB kept for the CUDA context and for gaps between blocks
 PHASES = ("sft.py", "rl.py rollout", "rl.py update", "eval.py")
 NOT_SHAPE = ("sample_tokens", "merge_for_sampling", "gradient_checkpointing", "memory",
              "image_cache", "prompt_tokens", "revision_tokens", "max_new_tokens")
-KNOWN = {}  # policies and peaks by their settings: advice asks again and again
+KNOWN = {}  # policies by the settings of their weights
 
 
 # ---------------------------------------------------------------- the policy without storage
@@ -54,6 +56,7 @@ class MetaPolicy(Policy):
         self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
         self.end_tokens = torch.tensor([-1])  # no answer ends early
         self.sample_tokens = 10**9  # one batch
+        self.counted = {}
         replace_4bit_matmuls(self.base)
         self.live = LiveBytes([*self.base.parameters(), *self.base.buffers(),
                                *self.value_head.parameters()])
@@ -91,6 +94,15 @@ class MetaPolicy(Policy):
         if self.first_part is None:
             self.first_states, self.first_part = hidden, decoding
         return hidden, decoding
+
+    def once(self, count, batch, answer):
+        """count(batch), or what it was before: phases and attempts share batches."""
+        image = batch.image and batch.image.size
+        key = (count.__qualname__, replace(batch, image=image), answer, self.checkpointing,
+               self.merge_for_sampling)
+        if key not in self.counted:
+            self.counted[key] = count(batch)
+        return self.counted[key]
 
     def _features(self, images):
         if images[0] is None:
@@ -171,12 +183,85 @@ def prompts_of(policy, rows, tokens, image):
     return prompts
 
 
-def batch_of(policy, rows, tokens, image, answers, answer):
-    """Conversations: prompts of so many tokens that end in so many answers."""
-    sequences = prompts_of(policy, rows, tokens, image)
+def answered(policy, prompts, answers, tokens):
+    """Conversations: the prompts, each with so many answers of so many tokens."""
     for _ in range(answers):
-        sequences = [s.answered([policy.text.filler] * answer) for s in sequences]
-    return sequences
+        prompts = [prompt.answered([policy.text.filler] * tokens) for prompt in prompts]
+    return prompts
+
+
+# ---------------------------------------------------------------- the largest batches
+@dataclass(frozen=True)
+class Batch:
+    """Equal prompts, each with its image and followed by so many answers."""
+    rows: int
+    tokens: int  # of a prompt beside those of its image
+    answers: int
+    width: int  # tokens of a whole row, the image's included
+    image: object  # PIL image or None
+
+
+def picture(cfg, env, verify_iters):
+    """The first picture of an environment, or None."""
+    return make_env(env, verify_iters).reset(0)[0]["image"]
+
+
+def answer_tokens(model):
+    return model.answer_tokens if model.random_init else model.max_new_tokens
+
+
+def batches(cfg, policy, images, attempts, most, limit, answer):
+    """Batches of at most `limit` padded tokens, one per attempt and image, longest first.
+
+    Args: most: rows of a batch; answer: tokens of the row's last answer, 0 before it is sampled.
+    """
+    model = cfg.model
+    found = []
+    for attempt, image in product(reversed(range(attempts)), images):
+        tokens = model.prompt_tokens + attempt * model.revision_tokens
+        width = len(prompts_of(policy, 1, tokens, image)[0].ids) + answer
+        rows = min(most, max(1, limit // width))
+        found.append(Batch(rows, tokens, attempt + 1, width, image))
+    return found
+
+
+def largest(found):
+    """Of several {moment: parts}, the one with the largest moment."""
+    return max(found, key=lambda moments: Phase({}, moments).peak[0])
+
+
+def largest_sampling(cfg, policy, images, attempts, most):
+    """Moments of the batch that needs most: that of most tokens, read or in the end, or rows."""
+    answer = answer_tokens(cfg.model)
+    found = batches(cfg, policy, images, attempts, most, cfg.model.sample_tokens, answer=0)
+    candidates = [max(found, key=lambda batch: batch.rows * batch.width),
+                  max(found, key=lambda batch: batch.rows * (batch.width + answer)),
+                  max(found, key=lambda batch: batch.rows)]
+
+    def count(batch):
+        prompts = prompts_of(policy, batch.rows, batch.tokens, batch.image)
+        return sampling(policy, prompts, answer)
+
+    return largest([policy.once(count, batch, answer) for batch in candidates])
+
+
+def largest_learning(cfg, policy, image, attempts, section, most):
+    """Moments of the micro-batch that needs most: that of most tokens, answers or pictures."""
+    answer = answer_tokens(cfg.model)
+    found = batches(cfg, policy, [image], attempts, most, section.micro_tokens, answer)
+    if section is cfg.sft:  # the last answer alone is learnt
+        found = [replace(batch, answers=1) for batch in found]
+    candidates = [max(found, key=lambda batch: batch.rows * batch.width),
+                  max(found, key=lambda batch: batch.rows * batch.answers)]
+    if image:
+        candidates.append(max(found, key=lambda batch: batch.rows))
+
+    def count(batch):
+        tokens = max(2, batch.tokens - (batch.answers - 1) * answer)
+        prompts = prompts_of(policy, batch.rows, tokens, batch.image)
+        return learning(policy, answered(policy, prompts, batch.answers, answer))
+
+    return largest([policy.once(count, batch, answer) for batch in candidates])
 
 
 # ---------------------------------------------------------------- phases
@@ -198,11 +283,11 @@ def policy_of(cfg):
     """The policy of a configuration, with gradients where text and pictures reach the weights."""
     shape = {key: value for key, value in vars(cfg.model).items() if key not in NOT_SHAPE}
     image = picture(cfg, cfg.env, cfg.ppo.verify_iters)
-    key = repr((shape, cfg.lora, cfg.ppo.value_hidden, image and image.size))
+    key = repr((shape, cfg.lora, cfg.ppo.value_hidden, image is None))
     if key not in KNOWN:
         policy = MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
         policy.checkpointing = False
-        learning(policy, batch_of(policy, 1, 8, image, 1, 2))
+        learning(policy, answered(policy, prompts_of(policy, 1, 8, image), 1, 2))
         KNOWN[key] = policy
     policy = KNOWN[key]
     policy.merge_for_sampling = cfg.model.merge_for_sampling
@@ -210,183 +295,100 @@ def policy_of(cfg):
     return policy
 
 
-def picture(cfg, env, verify_iters):
-    """The first picture of an environment, or None."""
-    return make_env(env, verify_iters).reset(0)[0]["image"]
+def lying(cfg, policy, name):
+    """{what: bytes} that lies there all the time in a phase."""
+    trainable = sum(p.nbytes for p in policy.trainable.values())
+    learning = sum(p.grad.nbytes for p in policy.trainable.values() if p.grad is not None)
+    head = sum(p.nbytes for p in policy.value_head.parameters())
+    found = {"weights": sum(policy.weights.values()),
+             "LoRA, fp32": trainable if policy.has_lora else 0}
+    if name == "eval.py":
+        return found
+    found["AdamW's moments"] = 2 * learning
+    if name != "rl.py rollout":
+        found["gradients"] = learning
+    if name == "sft.py":
+        found["value head"] = head
+    else:
+        found["value head, trained"] = 4 * head
+        found["start of the KL penalty"] = trainable if cfg.ppo.kl_coef else 0
+    return found
 
 
-def largest(found):
-    """Of several {moment: parts}, the one with the largest moment."""
-    return max(found, key=lambda moments: Phase({}, moments).peak[0])
-
-
-def answer_tokens(model):
-    return model.answer_tokens if model.random_init else model.max_new_tokens
-
-
-def rollout(cfg, policy, images, envs, attempts):
-    """Moments of sampling for so many environments; the last attempts have the longest prompts."""
-    model = cfg.model
-    sizes = {}  # rows of a batch -> the longest prompts of them
-    for attempt in range(attempts):
-        tokens = model.prompt_tokens + attempt * model.revision_tokens
-        for image in images:
-            width = len(prompts_of(policy, 2, tokens, image)[0].ids)
-            rows = min(envs, max(1, model.sample_tokens // width))
-            sizes[rows, image and image.size] = (rows, tokens, image)
-    return largest([sampling(policy, prompts_of(policy, *size), answer_tokens(model))
-                    for size in sizes.values()])
-
-
-def update(cfg, policy, image, section, most, attempts):
-    """Moments of learning in micro-batches of section.micro_tokens, of at most so many rows."""
-    model, answer = cfg.model, answer_tokens(cfg.model)
-    sizes = []
-    for attempt in range(attempts):
-        tokens = model.prompt_tokens + attempt * model.revision_tokens
-        width = len(prompts_of(policy, 2, tokens, image)[0].ids) + answer
-        rows = min(most, max(1, section.micro_tokens // width))
-        # of SFT's conversations the last answer is learnt, of PPO's each; all have `width` tokens
-        answers = attempt + 1 if section is cfg.ppo else 1
-        tokens -= (answers - 1) * answer
-        sizes.append((rows * width, rows * answers, rows if image else 0, rows, tokens, answers))
-    sizes = [a for a in sizes if not any(a != b and all(x <= y for x, y in zip(a[:3], b[:3]))
-                                         for b in sizes)]
-    return largest([learning(policy, batch_of(policy, rows, max(tokens, 2), image, answers, answer))
-                    for _, _, _, rows, tokens, answers in sizes])
+def plan_of(cfg, policy, name):
+    """The Phase of that name."""
+    ppo = cfg.ppo
+    always = lying(cfg, policy, name)
+    image = picture(cfg, cfg.env, ppo.verify_iters)
+    if name == "rl.py rollout":
+        moments = largest_sampling(cfg, policy, [image], ppo.verify_iters, ppo.envs)
+    elif name == "eval.py":
+        test = cfg.eval
+        images = [picture(cfg, {**cfg.env, **changes}, test.verify_iters)
+                  for changes in test.variants.values()]
+        moments = largest_sampling(cfg, policy, images, test.verify_iters, test.batch_size)
+    else:
+        if name == "sft.py":
+            found = largest_learning(cfg, policy, image, cfg.sft.mistakes + 1, cfg.sft,
+                                     cfg.sft.batch_size)
+        else:
+            found = largest_learning(cfg, policy, image, ppo.verify_iters, ppo,
+                                     ppo.envs * ppo.turns)
+        step = {"square roots of AdamW": always["gradients"]}
+        moments = {"optimiser step": step, **found}
+    return Phase(always, moments)
 
 
 def budget(cfg, phases=PHASES):
     """{name: Phase} of what scripts need. Raises: UserError."""
-    ppo = cfg.ppo
     policy = policy_of(cfg)
-    image = picture(cfg, cfg.env, ppo.verify_iters)
-    tests = [picture(cfg, {**cfg.env, **changes}, cfg.eval.verify_iters)
-             for changes in cfg.eval.variants.values()]
-    lora = sum(p.nbytes for p in policy.trainable.values()) if policy.has_lora else 0
-    learning = sum(p.grad.nbytes for p in policy.trainable.values() if p.grad is not None)
-    trainable = sum(p.nbytes for p in policy.trainable.values())
-    head = sum(p.nbytes for p in policy.value_head.parameters())
-    weights = {"weights": sum(policy.weights.values()), "LoRA, fp32": lora}
-    moments = {"AdamW's moments": 2 * learning}
-    gradients = {"gradients": learning}
-    start = {"start of the KL penalty": trainable if ppo.kl_coef else 0}
-    step = {"optimiser step": {"square roots of AdamW": learning}}
-
-    def plan_of(name):
-        if name == "sft.py":
-            lying = {**weights, **gradients, **moments, "value head": head}
-            found = update(cfg, policy, image, cfg.sft, cfg.sft.batch_size, cfg.sft.mistakes + 1)
-            return Phase(lying, {**step, **found})
-        if name == "eval.py":
-            found = rollout(cfg, policy, tests, cfg.eval.batch_size, cfg.eval.verify_iters)
-            return Phase(weights, found)
-        playing = {**weights, **moments, **start, "value head, trained": 4 * head}
-        if name == "rl.py rollout":
-            return Phase(playing, rollout(cfg, policy, [image], ppo.envs, ppo.verify_iters))
-        found = update(cfg, policy, image, ppo, ppo.envs * ppo.turns, ppo.verify_iters)
-        return Phase({**playing, **gradients}, {**step, **found})
-
-    return {name: plan_of(name) for name in phases}
+    return {name: plan_of(cfg, policy, name) for name in phases}
 
 
 # ---------------------------------------------------------------- advice
-def need(arguments, name):
-    """Bytes at the peak of a phase under these arguments; infinite if they are refused."""
-    key = repr((arguments, name))
-    if key not in KNOWN:
-        try:
-            KNOWN[key] = budget(load(arguments)[0], [name])[name].peak[0]
-        except UserError:  # the environment draws no such picture, or keys exclude one another
-            KNOWN[key] = float("inf")
-    return KNOWN[key]
-
-
-def halves(value, least):
-    """value / 2, / 4 .. down to `least`."""
-    found = []
-    while value // 2 >= least:
-        value //= 2
-        found.append(value)
-    return found
-
-
 def choices(cfg, name):
-    """{key: values to try} of what a phase's memory depends on, the least change first."""
-    found = {}
-    if name in ("sft.py", "rl.py update"):
-        section = "sft" if name == "sft.py" else "ppo"
-        tokens = getattr(cfg, section).micro_tokens
-        found["model.gradient_checkpointing"] = ["true"]
-        found[f"{section}.micro_tokens"] = halves(tokens, 128)
-    else:
-        found["model.sample_tokens"] = halves(cfg.model.sample_tokens, 128)
-        found["model.merge_for_sampling"] = ["false"]
+    """{key: values to try}, the largest first, of what changes the moments of a phase."""
+    if name == "sft.py":
+        return {"sft.micro_tokens": halves(cfg.sft.micro_tokens),
+                "model.gradient_checkpointing": [True]}
+    if name == "rl.py update":
+        return {"ppo.micro_tokens": halves(cfg.ppo.micro_tokens),
+                "model.gradient_checkpointing": [True]}
+    keys = {"model.sample_tokens": halves(cfg.model.sample_tokens),
+            "model.merge_for_sampling": [False]}
     if name == "eval.py":
-        found["eval.batch_size"] = halves(cfg.eval.batch_size, 1)
-    found["model.quantization"] = ["nf4"]
-    found["model.dtype"] = ["bfloat16"]
-    found["model.tune"] = ["[language]"]
-    found["lora.r"] = halves(cfg.lora.r, 1) if cfg.lora else []
-    if cfg.env.get("image_size"):
-        width, height = cfg.env["image_size"]
-        found["env.image_size"] = [f"[{w},{h}]" for w, h in zip(halves(width, 100),
-                                                               halves(height, 100))]
-    return {key: values for key, values in found.items() if values}
+        keys["eval.batch_size"] = halves(cfg.eval.batch_size)
+    return keys
 
 
-def least_change(arguments, name, key, values, free):
-    """(bytes, "key=value") of the first value that fits, or else of the last, by bisection."""
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        fits = need([*arguments, f"{key}={values[middle]}"], name) <= free
-        low, high = (low, middle) if fits else (middle + 1, high)
-    change = f"{key}={values[low]}"
-    return need([*arguments, change], name), change
+def halves(value, most=6):
+    """value / 2, / 4 .., whole numbers."""
+    return [value // 2**times for times in range(1, most + 1) if value >= 2**times]
 
 
-def advice(arguments, cfg, name, free):
-    """[(bytes, "key=value")] of what makes a phase smaller that does not fit, the best first.
-
-    Two single changes that fit are enough; if none does, several together that do come first.
-    """
-    now = need(arguments, name)
-    helps, fitting = [], 0
+def advice(cfg, name, free):
+    """["key=value (GiB)"] of single changes with which a phase fits, each as small as it can be."""
+    fitting = []
+    if sum(lying(cfg, policy_of(cfg), name).values()) > free:
+        return fitting
     for key, values in choices(cfg, name).items():
-        size, change = least_change(arguments, name, key, values, free)
-        if size < now:
-            helps.append((size, change))
-            fitting += size <= free
-        if fitting == 2:
-            break
-    helps.sort()
-    together = []
-    for _, change in helps if not fitting else ():
-        together.append(change)
-        size = need([*arguments, *together], name)
-        if size <= free:
-            return [(size, " ".join(together)), *helps]
-    return helps
+        section, setting = key.split(".")
+        for value in values:
+            changed = deepcopy(cfg)
+            setattr(getattr(changed, section), setting, value)
+            size, _ = budget(changed, [name])[name].peak
+            if size <= free:
+                fitting.append(f"{key}={str(value).lower()} ({size / GIB:.2f})")
+                break
+    return fitting
 
 
-def widest(arguments, free):
-    """The most environments, up to 1024, whose answers can be sampled in one batch; 0 if none."""
-    def size(envs):
-        one_batch = [*arguments, f"ppo.envs={envs}", "model.sample_tokens=1000000000"]
-        return need(one_batch, "rl.py rollout")
-
-    each = max(1, (size(64) - size(32)) // 32)  # a cache is about as large for every environment
-    low, high = 0, 1025  # low fits, high does not
-    guess = 64
-    while high - low > 1:
-        if size(guess) <= free:
-            low = guess
-        else:
-            high = guess
-        guess += int((free - size(guess)) // each)
-        guess = min(max(guess, low + 1), high - 1)
-    return low
+def show_advice(cfg, name, free):
+    fitting = advice(cfg, name, free)
+    if fitting:
+        print(f"{name} fits with {' or '.join(fitting)}")
+    else:
+        print(f"{name}: no single key of {', '.join(choices(cfg, name))} is enough")
 
 
 # ---------------------------------------------------------------- on screen, in GiB
@@ -429,15 +431,9 @@ def main(arguments):
         size, moment = phase.peak
         verdict = "fits" if size <= free else "DOES NOT FIT"
         print(f"  {name:16}{size / GIB:8.2f}  {verdict}: {moment}")
-    print(f"a rollout fits up to ppo.envs={widest(arguments, free)} in one batch, with "
-          "model.sample_tokens large enough")
     over = [name for name, phase in phases.items() if phase.peak[0] > free]
     for name in over:
-        helps = advice(arguments, cfg, name, free)
-        fits = [f"{change} ({size / GIB:.2f})" for size, change in helps if size <= free]
-        less = [f"{change} ({size / GIB:.2f})" for size, change in helps if size > free]
-        print(f"{name} fits with {' or '.join(fits) or 'none of its keys'}; "
-              f"smaller with {', '.join(less) or 'no other'}")
+        show_advice(cfg, name, free)
     sys.exit(1 if over else 0)
 
 

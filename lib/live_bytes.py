@@ -5,7 +5,7 @@ pictures) are few and decide what happens next: they are calculated for real, on
 """
 import weakref
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -29,6 +29,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, weights):
         super().__init__()
         self.storages = {w.untyped_storage()._cdata: None for w in weights}  # None: not counted
+        self.known = {}  # operation and shapes -> shapes of the new tensors that it makes
         self.moment = "before"
         self.start()
 
@@ -66,9 +67,24 @@ class LiveBytes(TorchDispatchMode):
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if not all(t.is_meta for t in _tensors(args, kwargs)):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-        result = function(*args, **kwargs)
+        result = self._on_meta(function, args, kwargs)
         if isinstance(result, torch.Tensor) and not result.is_floating_point():
             return torch.zeros(result.shape, dtype=result.dtype)
+        return result
+
+    def _on_meta(self, function, args, kwargs):
+        """The meta device is slow: layers are alike, so shapes of new tensors are remembered."""
+        key = (function, _signature(args), _signature(tuple(kwargs.items())))
+        if key in self.known:
+            made = [torch.empty_strided(*form, dtype=dtype, device="meta")
+                    for *form, dtype in self.known[key]]
+            return made if len(made) > 1 else made[0]
+        result = function(*args, **kwargs)
+        made = result if isinstance(result, (tuple, list)) else [result]
+        inputs = {t.untyped_storage()._cdata for t in _tensors(args, kwargs)}
+        if all(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs
+               for t in made):
+            self.known[key] = [_signature(t) for t in made]
         return result
 
     def _with_values(self, function, args, kwargs):
@@ -105,6 +121,15 @@ def _on_host(tensor):
     return tensor.is_floating_point() and not tensor.is_meta
 
 
+def _signature(value):
+    """What the shape of a result depends on, of an argument of an operation."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    return value
+
+
 def _tensors(args, kwargs):
     """The tensors among the arguments of an operation, and in lists among them."""
     for value in (*args, *kwargs.values()):
@@ -118,11 +143,9 @@ def _tensors(args, kwargs):
 def meta_kernels():
     """Inside, attention is fused as on a CPU or GPU, where meta tensors would make whole matrices,
     and autocast, which they do not have, casts the weights of linear layers."""
-    with ExitStack() as stack:
-        for module, name, stand_in in (
-                (functional, "scaled_dot_product_attention", _attention),
-                (functional, "linear", _autocast_linear), (torch, "autocast", _Autocast)):
-            stack.enter_context(mock.patch.object(module, name, stand_in))
+    with (mock.patch.object(functional, "scaled_dot_product_attention", _attention),
+          mock.patch.object(functional, "linear", _autocast_linear),
+          mock.patch.object(torch, "autocast", _Autocast)):
         yield
 
 
@@ -162,20 +185,25 @@ class Matmul4bit(torch.autograd.Function):
     """As bitsandbytes': the dense weight lives during a matmul, forward and backward."""
 
     @staticmethod
-    def forward(context, x, weight, bias):
-        context.weight = weight
-        dense, _ = _dequantised(weight)
-        return linear(x, dense, bias)
+    def forward(context, x, layer):
+        context.layer = layer
+        dense, *_ = _dequantised(layer.weight)
+        return linear(x, dense, layer.bias)
 
     @staticmethod
     def backward(context, gradient):
-        dense, _ = _dequantised(context.weight)
-        return gradient @ dense, None, None
+        dense, *_ = _dequantised(context.layer.weight)
+        return gradient @ dense, None
 
 
 def _dequantised(weight):
-    """A weight out of 4 bits and its scales, which live as long."""
-    return torch.empty_like(weight), torch.empty(weight.numel() // 64, device=weight.device)
+    """A weight out of 4 bits; its scales and the workspace of a matmul, which live as long.
+
+    Workspaces are a kernel's own matter; on a CPU oneDNN takes up to a byte per weight.
+    """
+    scales = torch.empty(weight.numel() // 64, device=weight.device)
+    workspace = torch.empty(weight.numel() // 2, dtype=torch.bfloat16, device=weight.device)
+    return torch.empty_like(weight), scales, workspace
 
 
 def replace_4bit_matmuls(model):
@@ -186,4 +214,4 @@ def replace_4bit_matmuls(model):
 
 
 def _forward_4bit(layer, x):
-    return Matmul4bit.apply(x, layer.weight, layer.bias)
+    return Matmul4bit.apply(x, layer)
