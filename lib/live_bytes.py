@@ -4,7 +4,6 @@ Numbers with a fraction have no values there. Integers (token ids, masks, positi
 pictures) are few and decide what happens next: they are calculated for real, on the CPU.
 """
 import weakref
-from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
@@ -23,27 +22,27 @@ class LiveBytes(TorchDispatchMode):
     """While it is entered, counts the bytes of tensors that were made inside it and still live.
 
     Args: weights: tensors that lie there and are not counted, nor are views of them.
-    Attributes: peaks, {moment: {moment of making: bytes}}: what lived when a moment was largest.
+    Attributes: peaks, {moment: bytes}: what lived when a moment was largest.
     """
 
     def __init__(self, weights):
         super().__init__()
         self.storages = {w.untyped_storage()._cdata: None for w in weights}  # None: not counted
-        self.known = {}  # operation and shapes -> shapes of the new tensors that it makes
+        self.known = {}  # operation and shapes -> forms of the new tensors that it makes
         self.moment = "before"
         self.start()
 
     def start(self):
         """Count anew: what lives now (gradients) lies there from now on."""
-        self.made = Counter()  # living bytes by the moment in which they were made
+        self.living = 0
         self.peaks = {}
+        self.round = object()  # what was made before does not count when it dies
 
     @contextmanager
     def during(self, moment):
         """Names what happens inside, which may be a part of another moment."""
         whole = self.moment
         self.moment = moment
-        self._note_peak()
         try:
             yield
         finally:
@@ -51,12 +50,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(t.is_meta for t in _tensors(args, kwargs)):
+        if any(t.is_meta for t in _tensors([*args, *kwargs.values()])):
             result = self._without_values(function, args, kwargs)
         else:
             result = self._with_values(function, args, kwargs)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and not _on_host(tensor):
+        for tensor in _tensors([result]):
+            if tensor.is_meta or not tensor.is_floating_point():  # others are in host memory
                 self._count(tensor.untyped_storage())
         return result
 
@@ -65,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
             return 0.0
         if function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if not all(t.is_meta for t in _tensors(args, kwargs)):
+        if not all(t.is_meta for t in _tensors([*args, *kwargs.values()])):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         result = self._on_meta(function, args, kwargs)
         if isinstance(result, torch.Tensor) and not result.is_floating_point():
@@ -73,66 +72,53 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _on_meta(self, function, args, kwargs):
-        """The meta device is slow: layers are alike, so shapes of new tensors are remembered."""
-        key = (function, _signature(args), _signature(tuple(kwargs.items())))
+        """The meta device is slow and layers are alike: forms of new tensors are remembered."""
+        key = (function, _form(args), _form(tuple(kwargs.items())))
         if key in self.known:
-            made = [torch.empty_strided(*form, dtype=dtype, device="meta")
-                    for *form, dtype in self.known[key]]
+            made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+                    for shape, stride, dtype in self.known[key]]
             return made if len(made) > 1 else made[0]
         result = function(*args, **kwargs)
         made = result if isinstance(result, (tuple, list)) else [result]
-        inputs = {t.untyped_storage()._cdata for t in _tensors(args, kwargs)}
-        if all(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in inputs
+        given = {t.untyped_storage()._cdata for t in _tensors([*args, *kwargs.values()])}
+        if all(isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given
                for t in made):
-            self.known[key] = [_signature(t) for t in made]
+            self.known[key] = [_form(t) for t in made]
         return result
 
     def _with_values(self, function, args, kwargs):
         result = function(*args, **kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        if result.is_meta and not result.is_floating_point():
-            return function(*args, **{**kwargs, "device": torch.device("cpu")})
-        return result.to("meta") if result.is_floating_point() else result
+        if result.is_floating_point():
+            return result.to("meta")
+        return function(*args, **{**kwargs, "device": "cpu"}) if result.is_meta else result
 
     def _count(self, storage):
-        key = storage._cdata
+        key, size, made_in = storage._cdata, storage.nbytes(), self.round
         if key in self.storages:
             return
-        size = storage.nbytes()
-        made, moment = self.made, self.moment
 
         def forget(_):
             self.storages.pop(key, None)
-            made[moment] -= size
+            if made_in is self.round:
+                self.living -= size
 
-        reference = weakref.ref(storage, forget)
-        self.storages[key] = reference
-        made[moment] += size
-        self._note_peak()
-
-    def _note_peak(self):
-        highest = self.peaks.get(self.moment)
-        if highest is None or sum(highest.values()) < sum(self.made.values()):
-            self.peaks[self.moment] = dict(self.made)
+        self.storages[key] = weakref.ref(storage, forget)
+        self.living += size
+        self.peaks[self.moment] = max(self.peaks.get(self.moment, 0), self.living)
 
 
-def _on_host(tensor):
-    return tensor.is_floating_point() and not tensor.is_meta
-
-
-def _signature(value):
-    """What the shape of a result depends on, of an argument of an operation."""
+def _form(value):
+    """Of an argument of an operation, what the forms of its results depend on."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    if isinstance(value, (tuple, list)):
-        return tuple(_signature(item) for item in value)
-    return value
+    return tuple(_form(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
-def _tensors(args, kwargs):
-    """The tensors among the arguments of an operation, and in lists among them."""
-    for value in (*args, *kwargs.values()):
+def _tensors(values):
+    """The tensors among the values, and in lists among them."""
+    for value in values:
         for item in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(item, torch.Tensor):
                 yield item
@@ -182,27 +168,26 @@ def _autocast_linear(x, weight, bias=None):
 
 
 class Matmul4bit(torch.autograd.Function):
-    """As bitsandbytes': the dense weight lives during a matmul, forward and backward."""
+    """As bitsandbytes': the dense weight lives during a matmul, forward and backward.
+
+    So do its scales and the workspace of the kernel, on a CPU up to a byte per weight.
+    """
 
     @staticmethod
-    def forward(context, x, layer):
-        context.layer = layer
-        dense, *_ = _dequantised(layer.weight)
+    def forward(context, layer, x):
+        context.weight = layer.weight
+        dense, *_ = _dense(layer.weight)
         return linear(x, dense, layer.bias)
 
     @staticmethod
     def backward(context, gradient):
-        dense, *_ = _dequantised(context.layer.weight)
-        return gradient @ dense, None
+        dense, *_ = _dense(context.weight)
+        return None, gradient @ dense
 
 
-def _dequantised(weight):
-    """A weight out of 4 bits; its scales and the workspace of a matmul, which live as long.
-
-    Workspaces are a kernel's own matter; on a CPU oneDNN takes up to a byte per weight.
-    """
-    scales = torch.empty(weight.numel() // 64, device=weight.device)
-    workspace = torch.empty(weight.numel() // 2, dtype=torch.bfloat16, device=weight.device)
+def _dense(weight):
+    scales = torch.empty(weight.numel() // 64, device="meta")
+    workspace = torch.empty(weight.numel() // 2, dtype=torch.bfloat16, device="meta")
     return torch.empty_like(weight), scales, workspace
 
 
@@ -210,8 +195,4 @@ def replace_4bit_matmuls(model):
     """4-bit layers compute as in Matmul4bit; on the meta device their weights stand there dense."""
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            layer.forward = partial(_forward_4bit, layer)
-
-
-def _forward_4bit(layer, x):
-    return Matmul4bit.apply(x, layer)
+            layer.forward = partial(Matmul4bit.apply, layer)
