@@ -1,345 +1,388 @@
 """How much memory sft.py, rl.py and eval.py will need, before anything is loaded or downloaded.
 
-    python plan.py CONFIG.yaml [key=value ...]          exit code 0: it fits model.memory, 1: it does not
+    python plan.py CONFIG.yaml [key=value ...]    exit code 0: it fits model.memory, 1: it does not
 
-The model is built without storage from model.path if that is a folder, else from model.shape; a picture is taken from the
-environment; the formulas below count bytes: what lies on the device all the time and what each moment of a script adds. A
-script's peak is its largest moment, over every number of attempts that a conversation may hold. Lengths are
-model.prompt_tokens, revision_tokens and, as the longest answer, max_new_tokens (answer_tokens with random weights).
+The policy is built without storage, from model.path if that is a folder, else from model.shape. It
+samples and learns with the batches, lengths and pictures of the configuration, and the bytes that
+live meanwhile are counted (lib/live_bytes.py). What lies there all the time is added: weights,
+gradients, the optimiser's moments, the start of the KL penalty. Lengths are model.prompt_tokens,
+revision_tokens and, as the longest answer, max_new_tokens (answer_tokens with random weights).
 
-Held to the allocations of mid-sized Mllamas on a CPU: 3 % below to 12 % above them (tests/test_plan.py). A GPU's kernels
-differ a little (workspaces, rounding, masks, batches of few rows not taken out of 4 bits); other families are estimates.
-Letters: b bytes per number of model.dtype; C, I, Q, K widths of hidden states, MLP, queries and keys; V vocabulary.
+Held to the allocations of mid-sized Mllamas on a CPU: 3 % below to 12 % above (tests/test_plan.py).
+A GPU's kernels differ a little (workspaces, rounding); other families are estimates.
 """
-import math
 import os
 import re
 import sys
-from types import SimpleNamespace as Namespace
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 
-from policy import LOGITS_AT_ONCE as LOGITS, STATES_AT_ONCE, ValueHead  # first: it sets up the libraries
-from lib.families import family_of as family
-from lib.images import PATCHES_AT_ONCE as PATCHES
-from lib.lora import add_lora as adapt
-from lib.random_weights import skeleton
-from lib.settings import UserError, find_model, load, one_line, run_main
+# ours first: policy sets up the libraries before they start
+from policy import Policy
+from lib.batching import Sequence
+from lib.images import PATCHES_AT_ONCE
+from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
+from lib.settings import UserError, find_model, load, run_main
 from rollout import make_env
 
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
-from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+GIB = 2**30
+MARGIN = 1.0  # GiB kept for the CUDA context and for gaps between blocks
+KEYS = {  # what makes the moments of a phase smaller
+    "sft.py": ("sft.micro_tokens", "model.gradient_checkpointing"),
+    "rl.py rollout": ("model.sample_tokens", "model.merge_for_sampling"),
+    "rl.py update": ("ppo.micro_tokens", "model.gradient_checkpointing"),
+    "eval.py": ("model.sample_tokens", "model.merge_for_sampling", "eval.batch_size")}
+PHASES = tuple(KEYS)
+SWITCHES = {"model.gradient_checkpointing": True, "model.merge_for_sampling": False}
+NOT_SHAPE = ("sample_tokens", "merge_for_sampling", "gradient_checkpointing", "memory",
+             "image_cache", "prompt_tokens", "revision_tokens", "max_new_tokens")
+KNOWN = {}  # policies by the settings of their weights
 
 
-GIB, MARGIN = 2**30, 1.0  # GiB kept for the CUDA context and for gaps between blocks
-BESIDE = ("sample_tokens", "merge_for_sampling", "gradient_checkpointing", "memory", "image_cache")  # not the model's shape
-KNOWN = {}  # what describe and picture returned, by their arguments: advice asks again and again
+# ---------------------------------------------------------------- the policy without storage
+class MetaPolicy(Policy):
+    """A policy of meta tensors, and what lives while it samples and scores.
+
+    Args: as of Policy. Attributes: live, of LiveBytes; weights, {part and precision: bytes};
+    counted, what `moments_of` found.
+    """
+
+    def __init__(self, model, lora, value_hidden):
+        _, folder = shape_of(model)
+        settings = {**vars(model), "random_init": True, "shape": folder, "device": "meta",
+                    "gradient_checkpointing": True}
+        with init_empty_weights():
+            super().__init__(SimpleNamespace(**settings), lora, value_hidden)
+        self.weights = self._bytes_of_weights(model.dtype)
+        self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
+        self.end_tokens = torch.tensor([-1])  # no answer ends early
+        self.sample_tokens = 10**9  # one batch
+        replace_4bit_matmuls(self.base)
+        self.live = LiveBytes([*self.base.parameters(), *self.base.buffers(),
+                               *self.value_head.parameters()])
+        self.counted = {}
+
+    def _bytes_of_weights(self, dtype):
+        patterns = {"lm_head": "lm_head", "embeddings": ".*embed_tokens", **self.family.parts,
+                    "rest": ""}
+        sizes = {}
+        for name, weight in self.base.named_parameters():
+            if "lora_" in name:
+                continue
+            part = next(part for part, pattern in patterns.items() if re.match(pattern, name))
+            in_4bit = isinstance(weight, Params4bit)
+            kind = f"{part}, nf4" if in_4bit else f"{part}, {dtype}"
+            size = nf4_bytes(weight.numel()) if in_4bit else weight.nbytes
+            sizes[kind] = sizes.get(kind, 0) + size
+        return sizes
+
+    def _prefill(self, prompts):
+        width = max(len(prompt.ids) for prompt in prompts)
+        with self.live.during(f"reading {len(prompts)} prompts of {width} tokens"):
+            return super()._prefill(prompts)
+
+    def _features(self, images):
+        if images[0] is None:
+            return images
+        with self.live.during(f"encoding pictures for {len(images)} prompts"):
+            return super()._features(images)
 
 
-# ---------------------------------------------------------------- the model and its pictures, without storage
-def nf4(numel):
-    """Bytes of a 4-bit weight: two per byte, a byte of scale per 64, 4 bytes per 256 scales, and its tables of codes."""
+def nf4_bytes(numel):
+    """Of a 4-bit weight: two per byte, a byte of scale per 64 weights, 4 bytes per 256 scales, and
+    the tables of codes."""
     scales = -(-numel // 64)
     return -(-numel // 2) + scales + 4 * -(-scales // 256) + 4 * (16 + 256 + 1)
 
 
-def known(function, *settings):
-    key = repr((function.__name__, settings))
-    KNOWN[key] = KNOWN[key] if key in KNOWN else function(*settings)
-    return KNOWN[key]
-
-
 def shape_of(model):
-    """Which key names the folder with the model's shape, and the folder."""
-    path = find_model(model.path)
-    if not model.random_init and os.path.isdir(path):
-        return "model.path", path
-    return "model.shape", find_model(model.shape)
+    """Which key names the folder with the model's shape, and the folder. Raises: UserError."""
+    key, folder = "path", find_model(model.path)
+    if model.random_init or not os.path.isdir(folder):
+        key, folder = "shape", find_model(model.shape)
+    for name in ("config.json", "preprocessor_config.json"):
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(f"model.{key}: no {name} in {getattr(model, key)!r}")
+    return f"model.{key}", folder
 
 
-def describe(model, lora, value_hidden):
-    """What the formulas need: widths and counts, bytes of weights, which projections carry LoRA. Raises: UserError."""
-    key, folder = shape_of(model)
-    if not os.path.isdir(folder):
-        raise UserError(f"model.shape: no folder {model.shape!r}")
-    try:
-        config, processor = AutoConfig.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {one_line(error)}") from None
-    base, names = skeleton(model, config), family(config).parts
-    patterns = {"lm_head": "lm_head", "embeddings": ".*embed_tokens", **names, "rest": ""}
-    m = Namespace(eyes=family(config)(base, processor), b=base.dtype.itemsize, weights={})
-    for name, p in base.named_parameters():
-        part = next(part for part, pattern in patterns.items() if re.match(pattern, name))
-        key = f"{part}, {'nf4' if isinstance(p, Params4bit) else model.dtype}"
-        m.weights[key] = m.weights.get(key, 0) + (nf4(p.numel()) if isinstance(p, Params4bit) else p.numel() * m.b)
-    m.largest = max((p.numel() for p in base.parameters() if isinstance(p, Params4bit)), default=0)
-    with init_empty_weights():
-        net, head = adapt(base, names, model.tune, lora), ValueHead(config.get_text_config().hidden_size, value_hidden)
-    text, m.vision = config.get_text_config(), config.vision_config
-    m.C, m.I, m.V, m.H = text.hidden_size, text.intermediate_size, text.vocab_size, text.num_attention_heads
-    m.Q, m.K = ((getattr(text, "head_dim", None) or m.C // m.H) * heads for heads in (m.H, text.num_key_value_heads))
-    crosses = list(getattr(text, "cross_attention_layers", []))
-    m.selfs, m.crosses = text.num_hidden_layers - len(crosses), len(crosses)
-    m.learns = {n: p.nbytes for n, p in net.named_parameters() if p.requires_grad}
-    idle = "|".join(["(?!.*language_model|.*lm_head)", *(fr".*language_model\.layers\.{i}\." for i in crosses)])
-    m.idle = sum(n for name, n in m.learns.items() if re.match(idle, name))  # gets no gradient from text alone
-    m.lora, m.head = lora is not None, sum(p.nbytes for p in head.parameters())
-    layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, LoraLayer)}
-    m.merged = sum(layer.get_base_layer().weight.numel() for layer in layers.values())
-    m.own, m.across = ({n.split(".")[-1] for n in layers if f"language_model.layers.{i}." in n} for i in
-                       (min(set(range(text.num_hidden_layers)) - set(crosses)), *(crosses or [-1])[:1]))
-    tower = [layer for n, layer in base.named_modules() if re.match(names["vision"], n)]
-    blocks = getattr(m.vision, "num_hidden_layers", 0) + getattr(m.vision, "num_global_layers", 0) or m.vision.depth
-    width, inner = m.vision.hidden_size, m.vision.intermediate_size
-    m.tower_kept = blocks * m.b * (7 * width + 3 * inner)
-    again = any(isinstance(layer, GradientCheckpointingLayer) for layer in tower)  # Mllama's tower keeps all, come what may
-    m.tower_inputs = blocks * m.b * width + m.tower_kept // blocks if again else m.tower_kept
-    m.tower_mlp = m.b * inner * (3 if any(isinstance(layer, LoraLayer) for layer in tower) else 2)
-    return m
+def policy_of(cfg):
+    """The policy of a configuration, with gradients where text and pictures reach the weights."""
+    shape = {key: value for key, value in vars(cfg.model).items() if key not in NOT_SHAPE}
+    image = picture(cfg.env, cfg.ppo.verify_iters)
+    key = repr((shape, cfg.lora, cfg.ppo.value_hidden, image is None))
+    if key not in KNOWN:
+        policy = MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
+        policy.checkpointing = False
+        learning(policy, with_answers(policy, prompts_of(policy, 1, 8, image), 1, 2))
+        KNOWN[key] = policy
+    policy = KNOWN[key]
+    policy.merge_for_sampling = cfg.model.merge_for_sampling
+    policy.checkpointing = cfg.model.gradient_checkpointing
+    return policy
 
 
-def picture(eyes, env, verify_iters):
-    """Of the environment's pictures: patches the text looks at, patches the tower works on, tokens added to the prompt."""
-    image = make_env(env, verify_iters).reset(0)[0]["image"]
-    if image is None:
-        return Namespace(patches=0, tower=0, tokens=0)
-    return Namespace(patches=eyes.image_patches(image), tower=eyes.tower_patches(image),
-                     tokens=len(eyes.expand_image_tokens([eyes.image_token], image)) - 1)
+# ---------------------------------------------------------------- what lives in each moment
+def sampling(policy, prompts, answer):
+    """{moment: bytes} at the peaks while `answer` tokens (at least 2) are sampled for each prompt.
 
-
-# ---------------------------------------------------------------- moments: {moment: {what: bytes}}
-def read_at_once(rows, width, channels):
-    return math.ceil(rows / math.ceil(rows * width * channels / STATES_AT_ONCE))
-
-
-def reading(m, tokens, patches):
-    """Bytes of the largest layer, beside its cache, when `tokens` are read without a gradient and look at `patches`."""
-    mlp = m.b * m.I * 3
-    across = max(2 * m.b * m.Q, (8 + m.b) * m.K)  # keys and values repeated for all heads; before that their norm in fp32
-    return tokens * 4 * m.b * m.C + max(tokens * max(mlp, 6 * m.b * m.Q), patches * across + tokens * m.b * m.C)
-
-
-def kept(m, tokens, patches):
-    """Bytes that autograd keeps of one self-attention layer and of one cross-attention layer (0 without patches)."""
-    def inputs(lora, *names):  # of projections with LoRA or, without it, of all; they share one
-        return m.b * max((m.I if name == "down_proj" else m.C for name in names if name in lora or not m.lora), default=0)
-
-    def layer(lora):  # norms, attention, MLP
-        return (8 * m.C + 2 * m.b * m.Q + 4 * m.H + 3 * m.b * m.I + inputs(lora, "gate_proj", "up_proj")
-                + inputs(lora, "down_proj"))
-
-    own = layer(m.own) + inputs(m.own, "q_proj", "k_proj", "v_proj") + 2 * m.b * m.Q
-    across = layer(m.across) + inputs(m.across, "q_proj") + 4 * m.Q
-    looked = 4 * m.K + 2 * m.b * m.Q
-    return tokens * own, (tokens * across + patches * looked) * bool(patches)
-
-
-def dequantised(m):
-    """Bytes of the largest weight out of 4 bits with its scales, which lives while one projection is computed."""
-    return m.largest * m.b + m.largest // 64 * 8
-
-
-def seeing(m, image, rows, always, gathered):
-    """New pictures of a batch: vlm.PATCHES at once go through the tower, which keeps every layer's states; then their
-    features return from host memory, those of `gathered` rows at once."""
-    v, several, one = m.vision, min(rows, max(1, PATCHES // image.tower)), m.C * m.b
-    layers = getattr(v, "num_hidden_layers", 0) + getattr(v, "num_global_layers", 0)
-    tokens, taken = several * image.tower, len(getattr(v, "intermediate_layers_indices", ()))
-    last = max((2 * taken + 2) * v.hidden_size * m.b, 3 * v.hidden_size * m.b + m.tower_mlp)
-    return {f"encoding {several} of {rows} pictures": {
-        **always, "hidden states of the vision tower": tokens * (v.hidden_size * m.b * layers + last),
-        "attention mask of the vision tower": tokens * image.tower * m.b, "pixels": tokens * 3 * v.patch_size**2 * (m.b + 4)},
-        f"gathering {gathered} pictures": {**always, "image features, twice": gathered * 2 * image.patches * one}}
-
-
-def sampling(m, image, rows, width, answer, merged):
-    """vlm.Policy._sample: `rows` prompts of `width` tokens, read in parts, answers of `answer` tokens."""
-    patches, layer = rows * image.patches * bool(m.crosses), rows * m.K * m.b * 2  # of a layer: keys and values of a token
-    cached, part = layer * (width + answer), read_at_once(rows, width, m.C)
-    always = {"dense copies of tuned layers": m.merged * m.b} if merged else \
-        {f"LoRA, {8 * m.b} bits": sum(m.learns.values()) // 4 * m.b * m.lora}
-    caches = {**always, "cross-attention cache": patches * m.K * m.b * 2 * m.crosses}
-    read = {**caches, "KV cache": layer * width * m.selfs}
-    return {f"reading {part} of {rows} prompts of {width} tokens": {
-        **read, "image features": part * patches // rows * m.C * m.b,
-        "attention mask": part * width**2 * (1 + m.b), "a weight out of 4 bits": dequantised(m),
-        "one layer's activations": reading(m, part * width, part * patches // rows)},
-        **({f"joining caches of {rows} prompts": {
-            **read, "one layer's keys again": max(layer // 2 * width, patches * m.K * m.b)}} if part < rows else {}),
-        f"sampling {rows} answers of {answer} tokens": {
-        **caches, "KV cache": cached * m.selfs,
-        "logits, or one layer's new cache or activations, weight": max(
-            (24 + m.b) * rows * m.V, max(cached // 2, reading(m, rows, 0)) + dequantised(m))},
-        **(seeing(m, image, rows, always, part) if image.patches else {})}
-
-
-def learning(m, image, rows, width, scored, checkpointing, eyes):
-    """vlm.Policy.score and its backward: `rows` conversations of `width` tokens, `scored` of all being answers'.
-
-    eyes: they learn too. With checkpointing a layer keeps its input alone and is computed again.
+    The last token alone is sampled with a full cache.
     """
-    tokens, patches = rows * width, rows * image.patches * bool(m.crosses)
-    (own, across), chunk = kept(m, tokens, patches), min(scored, max(1, LOGITS // m.V))
-    always = {"image features": rows * image.patches * m.C * m.b, "attention mask": rows * width**2 * (1 + m.b),
-              "a gradient to be added": max(m.learns.values())}
-    if eyes and image.patches:
-        always["vision tower"] = rows * image.tower * (m.tower_inputs if checkpointing else m.tower_kept)
-    if checkpointing:
-        always["input of every layer"] = (m.selfs + m.crosses * bool(patches)) * tokens * m.C * m.b
-    else:
-        always["activations of all layers"] = m.selfs * own + m.crosses * across
-    logits = (20 + m.b) * chunk * m.V if checkpointing else 12 * scored * m.V + (8 + m.b) * chunk * m.V
-    gradients = max(tokens * m.b * m.I, patches * 2 * m.b * m.Q - tokens * 4 * m.b * m.I) + tokens * m.C * (4 + m.b)
-    size = f"{rows} conversations of {width} tokens"
-    return {f"scoring {size}": {**always, "logits, copies": logits, "final hidden states": tokens * m.C * (4 + 2 * m.b)},
-            f"backward through {size}": {**always, "one layer's activations": max(own, across) * checkpointing,
-                                         "its gradients": gradients, "a weight out of 4 bits": dequantised(m)},
-            **(seeing(m, image, rows, {}, rows) if image.patches and not eyes else {})}
+    filler = [policy.prompts.filler] * (answer - 2)
+    longer = [replace(prompt, ids=prompt.ids + filler) for prompt in prompts]
+    last = f"sampling {len(prompts)} answers of {answer} tokens"
+    live = policy.live
+    live.start()
+    with meta_kernels(), live, live.during("merging LoRA"), policy.inference():
+        with live.during("sampling first tokens"):
+            policy.sample(prompts, 1.0, None, 1)
+        peaks = live.peaks
+        live.peaks = {}
+        with live.during(last):
+            policy.sample(longer, 1.0, None, 2)
+    return {**peaks, last: live.peaks[last]}
+
+
+def learning(policy, sequences):
+    """{moment: bytes} at the peaks of scoring and the way back; gradients are then there."""
+    size = f"{len(sequences)} conversations of {len(sequences[0].ids)} tokens"
+    live = policy.live
+    live.start()
+    with meta_kernels(), live:
+        with live.during(f"scoring {size}"):
+            out = policy.score(sequences)
+        with live.during(f"backward through {size}"):
+            (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
+    return live.peaks
+
+
+def prompts_of(policy, rows, tokens, image):
+    """Prompts of so many tokens beside those of the image; the last is one shorter, as prompts of
+    unlike lengths need a mask. Of as many images as are encoded at once."""
+    images = [None]
+    ids = [policy.prompts.filler] * tokens
+    if image is not None:
+        at_once = max(1, PATCHES_AT_ONCE // policy.family.tower_patches(image))
+        images = [image.copy() for _ in range(min(rows, at_once))]
+        ids[1] = policy.family.image_token
+        ids = policy.family.expand_image_tokens(ids, image)
+    prompts = [Sequence(ids, [], images[row % len(images)]) for row in range(rows)]
+    if rows > 1:
+        prompts[-1] = replace(prompts[-1], ids=ids[:-1])
+    return prompts
+
+
+def with_answers(policy, prompts, answers, tokens):
+    """Conversations: the prompts, each with so many answers of so many tokens."""
+    for _ in range(answers):
+        prompts = [prompt.answered([policy.prompts.filler] * tokens) for prompt in prompts]
+    return prompts
+
+
+# ---------------------------------------------------------------- the largest batches
+@dataclass(frozen=True)
+class Batch:
+    """Equal prompts of `tokens`, an image's apart, and so many answers of each to learn."""
+    rows: int
+    tokens: int
+    answers: int
+    width: int  # tokens of a row, the image's and an answer that is learnt included
+    image: object  # PIL image or None
+
+
+def picture(env, verify_iters):
+    """The first picture of an environment, or None."""
+    return make_env(env, verify_iters).reset(0)[0]["image"]
+
+
+def answer_tokens(model):
+    return model.answer_tokens if model.random_init else model.max_new_tokens
+
+
+def batches(policy, model, images, attempts, limit, most, answer):
+    """One Batch of `limit` padded tokens, but at most `most` rows, per attempt and image.
+
+    Args: answer: tokens of the answer at the end of a row, 0 if that is still to be sampled.
+    """
+    found = []
+    for attempt, image in product(reversed(range(attempts)), images):
+        tokens = model.prompt_tokens + attempt * model.revision_tokens
+        width = len(prompts_of(policy, 1, tokens, image)[0].ids) + answer
+        rows = min(most, max(1, limit // width))
+        found.append(Batch(rows, tokens, attempt + 1, width, image))
+    return found
+
+
+def moments_of(policy, batch, answer, learnt):
+    """{moment: bytes} of a batch; phases and attempts share batches, which are counted once."""
+    image = batch.image and batch.image.size
+    answers = batch.answers if learnt else 0
+    key = (replace(batch, image=image, answers=answers), answer, policy.checkpointing,
+           policy.merge_for_sampling)
+    if key not in policy.counted:
+        tokens = max(2, batch.tokens - max(0, answers - 1) * answer)
+        prompts = prompts_of(policy, batch.rows, tokens, batch.image)
+        if learnt:
+            found = learning(policy, with_answers(policy, prompts, answers, answer))
+        else:
+            found = sampling(policy, prompts, answer)
+        policy.counted[key] = found
+    return policy.counted[key]
+
+
+def largest(found):
+    """Of several {moment: bytes}, the one with the largest moment."""
+    return max(found, key=lambda moments: max(moments.values()))
+
+
+def largest_sampling(cfg, policy, images, attempts, most):
+    """Moments of the batch that needs most: of most tokens when read, or in the end."""
+    answer = answer_tokens(cfg.model)
+    found = batches(policy, cfg.model, images, attempts, cfg.model.sample_tokens, most, answer=0)
+    candidates = [max(found, key=lambda batch: batch.rows * batch.width),
+                  max(found, key=lambda batch: batch.rows * (batch.width + answer))]
+    return largest([moments_of(policy, batch, answer, learnt=False) for batch in candidates])
+
+
+def largest_learning(cfg, policy, image, section, attempts, most):
+    """Moments of the micro-batch that needs most: of most tokens, answers or pictures."""
+    answer = answer_tokens(cfg.model)
+    found = batches(policy, cfg.model, [image], attempts, section.micro_tokens, most, answer)
+    if section is cfg.sft:  # the last answer alone is learnt
+        found = [replace(batch, answers=1) for batch in found]
+    candidates = [max(found, key=lambda batch: batch.rows * batch.width),
+                  max(found, key=lambda batch: batch.rows * batch.answers)]
+    if image:
+        candidates.append(max(found, key=lambda batch: batch.rows))
+    return largest([moments_of(policy, batch, answer, learnt=True) for batch in candidates])
 
 
 # ---------------------------------------------------------------- phases
-def budget(cfg):
-    """What each script needs, in bytes.
+@dataclass
+class Phase:
+    """lying: {what: bytes} all the time; moments: {moment: bytes} that live besides."""
+    lying: dict
+    moments: dict
 
-    Returns: {"weights": {part and precision: bytes}, "host memory": {what: bytes}} and per phase (sft.py, rl.py rollout,
-    rl.py update, eval.py) {"all the time": {what: bytes}, moment: {what: bytes} ..}; see `peak`. Raises: UserError.
-    """
-    model, ppo, sft = cfg.model, cfg.ppo, cfg.sft
-    shape = Namespace(**{k: value for k, value in vars(model).items() if k not in BESIDE})
-    m = known(describe, shape, cfg.lora, ppo.value_hidden)
-    train, *tests = (known(picture, m.eyes, {**cfg.env, **changes}, ppo.verify_iters)
-                     for changes in ({}, *cfg.eval.variants.values()))
-    test = max(tests, key=lambda image: image.patches)
-    answer = model.answer_tokens if model.random_init else model.max_new_tokens
-
-    def worst(image, attempts, moments_of):
-        widths = [model.prompt_tokens + image.tokens + k * model.revision_tokens for k in range(attempts)]
-        return max((moments_of(width, k) for k, width in enumerate(widths, 1)),
-                   key=lambda moments: max(sum(lines.values()) for lines in moments.values()))
-
-    def rollout(image, envs, attempts):
-        return worst(image, attempts, lambda width, k: sampling(
-            m, image, min(envs, max(1, model.sample_tokens // width)), width, answer, model.merge_for_sampling))
-
-    def update(section, most, attempts):
-        def of(width, k):
-            rows = min(most, max(1, section.micro_tokens // (width + answer)))
-            scored = rows * answer * (1 if section is sft else k)  # of SFT's answers the last alone
-            return learning(m, train, rows, width + answer, scored, model.gradient_checkpointing, model.tune != ["language"])
-        return worst(train, attempts, of)
-
-    total = sum(m.learns.values())
-    used = total - (0 if train.patches else m.idle)
-    weights = {"weights": sum(m.weights.values()), "LoRA, fp32": total * m.lora}
-    trained = {**weights, "gradients": used, "AdamW's moments": 2 * used}
-    rl = {**trained, "start of the KL penalty": total * bool(ppo.kl_coef), "value head, trained": 4 * m.head}
-    playing = {what: n for what, n in rl.items() if what != "gradients"}
-    step = {"optimiser step": {"square roots of AdamW": used}}
-    return {"weights": m.weights, "host memory": {"image cache": int(model.image_cache * GIB) * bool(train.patches)},
-            "sft.py": {"all the time": {**trained, "value head": m.head}, **step,
-                       **update(sft, sft.batch_size, sft.mistakes + 1)},
-            "rl.py rollout": {"all the time": playing, **rollout(train, ppo.envs, ppo.verify_iters)},
-            "rl.py update": {"all the time": rl, **update(ppo, ppo.envs * ppo.turns, ppo.verify_iters), **step},
-            "eval.py": {"all the time": weights, **rollout(test, cfg.eval.batch_size, cfg.eval.verify_iters)}}
+    @property
+    def peak(self):
+        """(bytes, moment) of the largest moment with what lies there all the time."""
+        moment = max(self.moments, key=self.moments.get)
+        return sum(self.lying.values()) + self.moments[moment], moment
 
 
-def peaks(plan):
-    """{phase: (bytes, moment)} of a budget: the largest moment with what lies there all the time."""
-    return {phase: max((sum(always["all the time"].values()) + sum(lines.values()), moment)
-                       for moment, lines in always.items() if moment != "all the time")
-            for phase, always in plan.items() if "all the time" in always}
+def lying(cfg, policy, name):
+    """{what: bytes} that lies there all the time in a phase."""
+    trainable = sum(p.nbytes for p in policy.trainable.values())
+    learnt = sum(p.grad.nbytes for p in policy.trainable.values() if p.grad is not None)
+    head = sum(p.nbytes for p in policy.value_head.parameters())
+    found = {"weights": sum(policy.weights.values()),
+             "LoRA, fp32": trainable if policy.has_lora else 0}
+    if name == "eval.py":
+        return found
+    found["AdamW's moments"] = 2 * learnt
+    if name != "rl.py rollout":
+        found["gradients"] = learnt
+    if name == "sft.py":
+        found["value head"] = head
+    else:
+        found["value head, trained"] = 4 * head
+        found["start of the KL penalty"] = trainable if cfg.ppo.kl_coef else 0
+    return found
+
+
+def moments(cfg, policy, name):
+    """{moment: bytes} of a phase, beside what lies there."""
+    sft, ppo, test = cfg.sft, cfg.ppo, cfg.eval
+    if name == "eval.py":
+        images = [picture({**cfg.env, **changes}, test.verify_iters)
+                  for changes in test.variants.values()]
+        return largest_sampling(cfg, policy, images, test.verify_iters, test.batch_size)
+    image = picture(cfg.env, ppo.verify_iters)
+    if name == "rl.py rollout":
+        return largest_sampling(cfg, policy, [image], ppo.verify_iters, ppo.envs)
+    if name == "sft.py":
+        return largest_learning(cfg, policy, image, sft, sft.mistakes + 1, sft.batch_size)
+    return largest_learning(cfg, policy, image, ppo, ppo.verify_iters, ppo.envs * ppo.turns)
+
+
+def budget(cfg, phases=PHASES):
+    """{name: Phase} of what scripts need. Raises: UserError."""
+    policy = policy_of(cfg)
+    found = {}
+    for name in phases:
+        found[name] = Phase(lying(cfg, policy, name), dict(moments(cfg, policy, name)))
+        if "gradients" in found[name].lying:  # AdamW's square roots
+            found[name].moments["optimiser step"] = found[name].lying["gradients"]
+    return found
 
 
 # ---------------------------------------------------------------- advice
-def need(arguments, phase):
-    """Bytes at the peak of a phase under these arguments; infinite if they are refused."""
-    try:
-        return peaks(budget(load(arguments)[0]))[phase][0]
-    except UserError:  # the environment draws no such picture, or the keys exclude one another
-        return float("inf")
-
-
-def choices(cfg, phase):
-    """{key: values to try} of what a phase's memory depends on, the least change first."""
-    def halves(value, least):
-        found = [[n >> i for n in value] if isinstance(value, list) else value >> i for i in range(1, 9)]
-        return [half for half in found if min(half if isinstance(half, list) else [half]) >= least]
-
-    image, section = cfg.env.get("image_size"), {"sft.py": "sft", "rl.py update": "ppo"}.get(phase)
-    if section:
-        found = {"model.gradient_checkpointing": ["true"],
-                 f"{section}.micro_tokens": halves(getattr(cfg, section).micro_tokens, 128)}
-    else:
-        found = {"model.sample_tokens": halves(cfg.model.sample_tokens, 128), "model.merge_for_sampling": ["false"]}
-    if phase == "eval.py":
-        found["eval.batch_size"] = halves(cfg.eval.batch_size, 1)
-    return {**found, "model.quantization": ["nf4"], "model.dtype": ["bfloat16"], "model.tune": ["[language]"],
-            "lora.r": halves(cfg.lora.r, 1) if cfg.lora else [], "env.image_size": halves(image, 100) if image else []}
-
-
-def advice(arguments, cfg, phase, free):
-    """[(bytes, "key=value")] of what makes an overflowing phase smaller, the best first: of each key the least change with
-    which it fits, or the value that helps most; at the end several together, if none is enough alone."""
-    helps, now = [], need(arguments, phase)
-    for key, values in choices(cfg, phase).items():
-        tried = []
-        for value in values:
-            change = f"{key}={value}".replace(" ", "")
-            tried.append((need([*arguments, change], phase), change))
-            if tried[-1][0] <= free:
+def advice(cfg, name, free):
+    """["key=value (GiB)"] of single changes with which a phase fits, each the least that does."""
+    fitting = []
+    if sum(lying(cfg, policy_of(cfg), name).values()) > free:
+        return fitting
+    for key in KEYS[name]:
+        section, setting = key.split(".")
+        changed = deepcopy(cfg)
+        now = getattr(getattr(cfg, section), setting)
+        halves = [max(1, now // 2**times) for times in range(1, 7)]
+        for value in [SWITCHES[key]] if key in SWITCHES else halves:
+            setattr(getattr(changed, section), setting, value)
+            size, _ = budget(changed, [name])[name].peak
+            if size <= free:
+                fitting.append(f"{key}={str(value).lower()} ({size / GIB:.2f})")
                 break
-        helps += [best for best in sorted(tried)[:1] if best[0] < now]
-    helps.sort()
-    for last in range(2, len(helps) + 1) if helps and helps[0][0] > free else ():
-        together = [change for _, change in helps[:last]]
-        if need([*arguments, *together], phase) <= free:
-            return [(need([*arguments, *together], phase), " ".join(together)), *helps]
-    return helps
-
-
-def widest(arguments, free):
-    """The most tables, up to 1024, all of whose answers can be sampled in one batch; 0 if none."""
-    low, high = 0, 1025
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = need([*arguments, f"ppo.envs={middle}", "model.sample_tokens=1000000000"], "rl.py rollout") <= free
-        low, high = (middle, high) if fits else (low, middle)
-    return low
+    return fitting
 
 
 # ---------------------------------------------------------------- on screen, in GiB
-def show(name, lines, open_lines=()):
-    """A part of the plan; of the named entries also what they consist of."""
-    print(f"\n{name}")
-    for what, value in lines.items():
-        if (total := sum(value.values()) if isinstance(value, dict) else value) >= GIB / 200 or what in open_lines:
-            print(f"  {what:60}{total / GIB:8.2f}")
-        for part, n in sorted(value.items(), key=lambda item: -item[1]) if what in open_lines else ():
-            if n >= GIB / 200:
-                print(f"    {part:58}{n / GIB:8.2f}")
+def show(lines, indent="  "):
+    for what, size in lines.items():
+        if size >= GIB / 200:
+            print(f"{indent}{what:{62 - len(indent)}}{size / GIB:8.2f}")
 
 
 def main(arguments):
     cfg, _, _ = load(arguments)
-    plan = budget(cfg)
-    tops, free = peaks(plan), (cfg.model.memory - MARGIN) * GIB
+    phases = budget(cfg)
+    free = (cfg.model.memory - MARGIN) * GIB
     print("planned for the shape in {}={}".format(*shape_of(cfg.model)))
-    for name, lines in plan.items():
-        show(f"{name}, GiB", lines, ("all the time", tops[name][1]) if name in tops else ())
-    card = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory / GIB
-    card = f"; this card has {card:.1f}" if card else ""
-    print(f"\npeaks in GiB, of model.memory={cfg.model.memory:g} less {MARGIN:g} for the CUDA context and gaps{card}")
-    for phase, (n, moment) in tops.items():
-        print(f"  {phase:16}{n / GIB:8.2f}  {'fits' if n <= free else 'DOES NOT FIT'}: {moment}")
-    print(f"a rollout fits up to ppo.envs={widest(arguments, free)} in one batch, with model.sample_tokens large enough")
-    over = [phase for phase in tops if tops[phase][0] > free]
-    for phase in over:
-        helps = advice(arguments, cfg, phase, free)
-        fits, less = ([f"{change} ({n / GIB:.2f})" for n, change in helps if (n <= free) == fit] for fit in (True, False))
-        print(f"{phase} fits with {' or '.join(fits) or 'none of its keys'}; smaller with {', '.join(less) or 'no other'}")
+    print("\nweights, GiB")
+    show(policy_of(cfg).weights)
+    if picture(cfg.env, cfg.ppo.verify_iters):
+        print("\nhost memory, GiB")
+        show({"image cache": cfg.model.image_cache * GIB})
+    for name, phase in phases.items():
+        print(f"\n{name}, GiB")
+        show({"all the time": sum(phase.lying.values())})
+        show(phase.lying, "    ")
+        show(phase.moments)
+    card = ""
+    if torch.cuda.is_available():
+        card = f"; this card has {torch.cuda.get_device_properties(0).total_memory / GIB:.1f}"
+    print(f"\npeaks in GiB, of model.memory={cfg.model.memory:g} less {MARGIN:g} for the CUDA "
+          f"context and gaps{card}")
+    over = []
+    for name, phase in phases.items():
+        size, moment = phase.peak
+        if size > free:
+            over.append(name)
+        verdict = "DOES NOT FIT" if size > free else "fits"
+        print(f"  {name:16}{size / GIB:8.2f}  {verdict}: {moment}")
+    for name in over:
+        fitting = advice(cfg, name, free)
+        if fitting:
+            print(f"{name} fits with {' or '.join(fitting)}")
+        else:
+            print(f"{name}: no single key of {', '.join(KEYS[name])} is enough")
     sys.exit(1 if over else 0)
 
 

@@ -465,7 +465,7 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
     )[0]
     policy = policy_module.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
     assert 2 * policy.parameters == 21_340_441_670
-    planned, held = plan.budget(cfg)["weights"], Counter()
+    planned, held = plan.policy_of(cfg).weights, Counter()
     for name, parameter in policy.base.named_parameters():
         part = next(
             (

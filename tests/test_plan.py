@@ -1,14 +1,16 @@
-"""plan.py against reality: bytes of real weights and optimisers, peaks of real allocations; figures made by hand; advice.
+"""plan.py against reality: bytes of real weights and optimisers, peaks of real allocations; figures
+made by hand; advice.
 
-Allocations are those of torch's CPU allocator as its profiler reports them, kernels' own buffers included; those grow with
+Allocations are those of torch's CPU allocator as its profiler reports them, kernels' own buffers
+included; those grow with
 the number of threads, which is therefore one here; numpy's (pixels in fp32) are not among them.
 """
+
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,18 +31,38 @@ GIB = 2**30
 
 # ---------------------------------------------------------------- a middle-sized Mllama
 def write_shape(folder, image=140, tower=160, vocab=8192):
-    """The 11B's shape made small: 8 layers of 512, two of them cross-attention, pictures of up to 4 tiles."""
+    """The 11B's shape made small: 8 layers of 512, two of them cross-attention, pictures of up to 4
+    tiles.
+    """
     shape = json.loads((LARGE / "llama-3.2-11b-vision" / "config.json").read_text())
-    shape["text_config"].update(hidden_size=512, intermediate_size=1792, num_hidden_layers=8, cross_attention_layers=[1, 5],
-                                num_attention_heads=8, num_key_value_heads=2, vocab_size=vocab, bos_token_id=256,
-                                eos_token_id=259, pad_token_id=261)
-    shape["vision_config"].update(hidden_size=tower, intermediate_size=4 * tower, num_hidden_layers=8, num_global_layers=2,
-                                  attention_heads=4, image_size=image, intermediate_layers_indices=[0, 1, 3, 5, 6],
-                                  vision_output_dim=6 * tower)
+    shape["text_config"].update(
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        cross_attention_layers=[1, 5],
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        bos_token_id=256,
+        eos_token_id=259,
+        pad_token_id=261,
+    )
+    shape["vision_config"].update(
+        hidden_size=tower,
+        intermediate_size=4 * tower,
+        num_hidden_layers=8,
+        num_global_layers=2,
+        attention_heads=4,
+        image_size=image,
+        intermediate_layers_indices=[0, 1, 3, 5, 6],
+        vision_output_dim=6 * tower,
+    )
     pixels = json.loads((LARGE / "llama-3.2-11b-vision" / "preprocessor_config.json").read_text())
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape))
-    (folder / "preprocessor_config.json").write_text(json.dumps({**pixels, "size": {"height": image, "width": image}}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**pixels, "size": {"height": image, "width": image}})
+    )
     return folder
 
 
@@ -48,48 +70,85 @@ def write_shape(folder, image=140, tower=160, vocab=8192):
 def middle(tmp_path_factory):
     """middle(shape, *overrides): (policy, what plan knows of it); of each only one is built."""
     folder, made = tmp_path_factory.mktemp("shapes"), {}
-    shapes = {"middle": write_shape(folder / "middle"), "wide": write_shape(folder / "wide", 280, 320, 1024)}
+    shapes = {
+        "middle": write_shape(folder / "middle"),
+        "wide": write_shape(folder / "wide", 280, 320, 1024),
+    }
 
     def make(shape, *overrides):
         if (shape, *overrides) not in made:
-            cfg, *_ = load([str(LARGE / "gp_vl.yaml"), f"model.shape={shapes[shape]}", "model.random_init=true",
-                            "model.device=cpu", *overrides])
-            made[shape, *overrides] = (Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
-                                       plan.describe(cfg.model, cfg.lora, cfg.ppo.value_hidden))
+            cfg, *_ = load(
+                [
+                    str(LARGE / "gp_vl.yaml"),
+                    f"model.shape={shapes[shape]}",
+                    "model.random_init=true",
+                    "model.device=cpu",
+                    *overrides,
+                ]
+            )
+            made[shape, *overrides] = (
+                Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+                plan.MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+            )
         return made[shape, *overrides]
 
     return make
 
 
-EYES = ("model.tune=[language,projector,vision]",
-        "lora.target_modules='.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|multi_modal_projector)'")
+VISION = (
+    "model.tune=[language,projector,vision]",
+    "lora.target_modules='.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|multi_modal_projector)'",
+)
 FULL = ("lora=null", "model.quantization=none", "model.dtype=float32")
 DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
 
 # ---------------------------------------------------------------- what lies there all the time
-@pytest.mark.parametrize("overrides", [(), EYES, FULL, DENSE32, ("model.keep_unquantized=[lm_head]",)])
+@pytest.mark.parametrize(
+    "overrides", [(), VISION, FULL, DENSE32, ("model.keep_unquantized=[lm_head]",)]
+)
 def test_weights_are_counted_to_the_byte(middle, overrides):
     policy, m = middle("middle", *overrides)
     found = {}
     for name, p in policy.base.named_parameters():
         if "lora_" not in name:
-            part = ("lm_head" if "lm_head" in name else "embeddings" if "embed_tokens" in name else
-                    "vision" if "vision_model" in name else "projector" if "projector" in name else "language")
+            part = (
+                "lm_head"
+                if "lm_head" in name
+                else "embeddings"
+                if "embed_tokens" in name
+                else "vision"
+                if "vision_model" in name
+                else "projector"
+                if "projector" in name
+                else "language"
+            )
             kind = f"{part}, {'nf4' if hasattr(p, 'quant_state') else str(p.dtype)[6:]}"
             found[kind] = found.get(kind, 0) + stored(p)
     assert m.weights == found
-    assert sum(m.learns.values()) == sum(p.nbytes for p in policy.trainable.values())
-    assert m.head == sum(p.nbytes for p in policy.value_head.parameters())
+    assert sum(p.nbytes for p in m.trainable.values()) == sum(
+        p.nbytes for p in policy.trainable.values()
+    )
+    assert sum(p.nbytes for p in m.value_head.parameters()) == sum(
+        p.nbytes for p in policy.value_head.parameters()
+    )
 
 
 @pytest.mark.parametrize("picture", [False, True])
 def test_gradients_and_moments_are_those_of_what_the_text_reads(middle, picture):
     policy, m = middle("middle")
-    answers(policy, conversations(policy, 1, 8, Image.new("RGB", (140, 140)) if picture else None, 1, 4))
+    answers(
+        policy, conversations(policy, 1, 8, Image.new("RGB", (140, 140)) if picture else None, 1, 4)
+    )
     optimizer = torch.optim.AdamW(policy.trainable.values())
     optimizer.step()
-    learning = sum(m.learns.values()) - (0 if picture else m.idle)
+    m.checkpointing = False
+    for p in m.trainable.values():
+        p.grad = None
+    plan.learning(
+        m, conversations(policy, 1, 8, Image.new("RGB", (140, 140)) if picture else None, 1, 4)
+    )
+    learning = sum(p.grad.nbytes for p in m.trainable.values() if p.grad is not None)
     assert sum(p.grad.nbytes for p in policy.trainable.values() if p.grad is not None) == learning
     moments = sum(s[k].nbytes for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
     assert moments == 2 * learning
@@ -99,7 +158,9 @@ def test_gradients_and_moments_are_those_of_what_the_text_reads(middle, picture)
 
 # ---------------------------------------------------------------- what moments allocate
 def allocated(function):
-    """Peak in bytes of what torch allocates on the CPU during the call, beside what was there before."""
+    """Peak in bytes of what torch allocates on the CPU during the call, beside what was there
+    before.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,8 +168,13 @@ def allocated(function):
             function()
     finally:
         torch.set_num_threads(threads)
-    events = sorted(((e.start_ns(), i, e.nbytes()) for i, e in enumerate(profiler.profiler.kineto_results.events())
-                     if e.name() == "[memory]"))
+    events = sorted(
+        (
+            (e.start_ns(), i, e.nbytes())
+            for i, e in enumerate(profiler.profiler.kineto_results.events())
+            if e.name() == "[memory]"
+        )
+    )
     now = top = 0
     for _, _, size in events:
         now += size
@@ -117,7 +183,9 @@ def allocated(function):
 
 
 def conversations(policy, rows, width, image=None, spans=0, answer=0):
-    """Prompts of `width` tokens, each with a picture of its own or none, followed by `spans` answers."""
+    """Prompts of `width` tokens, each with a picture of its own or none, followed by `spans`
+    answers.
+    """
     found = []
     for _ in range(rows):
         ids = [policy.prompts.filler] * width
@@ -135,23 +203,28 @@ def answers(policy, sequences):
     (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
 
 
-def seen(m, image):
-    """As plan.picture, of a picture that no environment drew."""
-    if image is None:
-        return SimpleNamespace(patches=0, tower=0, tokens=0)
-    tile = -(-m.eyes.model.vision_model.num_patches // 8) * 8
-    return SimpleNamespace(patches=m.family.image_patches(image), tower=4 * tile, tokens=0)
+def compare(moments, tracked, dominant, pixels=0, features=0):
+    """The plan is hardly below the truth and little above it; its largest moment is the one that
+    the case is for.
 
-
-def compare(moments, tracked, m, dominant, *starts):
-    """The plan is hardly below the truth and little above it; its largest moment or line is the one that the case is for."""
-    moments = {name: lines for name, lines in moments.items() if name.startswith(starts or "")}
-    sums = {moment: sum(lines.values()) - lines.get("pixels", 0) * 4 // (m.b + 4) for moment, lines in moments.items()}
+    pixels: bytes of fp32 that an encoding has on the device and numpy, which is not tracked, on a
+    CPU.
+    features: bytes of remembered features, which on a CPU lie in the memory that is tracked.
+    """
+    sums = {}
+    for moment, size in moments.items():
+        sums[moment] = size - pixels if moment.startswith("encoding") else size + features
     top = max(sums, key=sums.get)
     ratio = sums[top] / tracked
-    print(f"{top}: planned {sums[top] / 2**20:.1f} MiB, tracked {tracked / 2**20:.1f}, {ratio - 1:+.1%}; {dominant}")
-    assert 0.97 < ratio < 1.15
-    assert max(moments[top], key=moments[top].get) == dominant or top.startswith(dominant)
+    print(
+        f"{top}: planned {sums[top]:,} bytes, allocated {tracked:,}, {ratio - 1:+.1%}; {dominant}"
+    )
+    assert 0.97 < ratio < 1.12
+    assert top.startswith(dominant)
+
+
+def pixels_of(policy, image, rows):
+    return rows * policy.family._pixels([image])["pixel_values"].nbytes if image else 0
 
 
 def slow(*case):
@@ -161,18 +234,22 @@ def slow(*case):
 TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of the wide one
 
 
-@pytest.mark.parametrize("shape, overrides, rows, width, answer, size, dominant", [
-    ("middle", (), 16, 100, 2, None, "one layer's activations"),
-    ("middle", (), 64, 20, 2, None, "one layer's activations"),
-    ("middle", (), 64, 4, 16, None, "logits, or one layer's new cache or activations, weight"),
-    ("wide", (), 32, 4, 40, None, "KV cache"),
-    ("middle", (), 4, 200, 2, TALL, "one layer's activations"),
-    ("middle", (), 8, 20, 2, TALL, "hidden states of the vision tower"),
-    ("wide", (), 2, 20, 2, SQUARE, "encoding"),
-    ("middle", ("model.merge_for_sampling=true",), 16, 100, 2, None, "dense copies of tuned layers"),
-    ("middle", EYES, 4, 20, 2, TALL, "encoding"),
-    slow("middle", DENSE32, 16, 50, 2, None, "one layer's activations"),
-    slow("middle", FULL, 16, 100, 2, None, "one layer's activations")])
+@pytest.mark.parametrize(
+    "shape, overrides, rows, width, answer, size, dominant",
+    [
+        ("middle", (), 16, 100, 2, None, "reading"),
+        ("middle", (), 64, 20, 2, None, "reading"),
+        ("middle", (), 64, 4, 16, None, "sampling"),
+        ("wide", (), 32, 4, 40, None, "sampling"),
+        ("middle", (), 4, 200, 2, TALL, "reading"),
+        ("middle", (), 8, 20, 2, TALL, "encoding"),
+        ("wide", (), 2, 20, 2, SQUARE, "encoding"),
+        ("middle", ("model.merge_for_sampling=true",), 16, 100, 2, None, "reading"),
+        ("middle", VISION, 4, 20, 2, TALL, "encoding"),
+        slow("middle", DENSE32, 16, 50, 2, None, "reading"),
+        slow("middle", FULL, 16, 100, 2, None, "reading"),
+    ],
+)
 def test_sampling(middle, shape, overrides, rows, width, answer, size, dominant):
     policy, m = middle(shape, *overrides)
     image = size and Image.new("RGB", size)
@@ -180,12 +257,23 @@ def test_sampling(middle, shape, overrides, rows, width, answer, size, dominant)
     policy.sample_tokens = 10**9
     prompts = conversations(policy, rows, width, image)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, answer))
-    compare(plan.sampling(m, seen(m, image), rows, width, answer, policy.merge_for_sampling), tracked, m, dominant)
+    m.images.clear()
+    m.merge_for_sampling = policy.merge_for_sampling
+    features = sum(f.nbytes for _, images, _ in policy.images.remembered.values() for f in images)
+    compare(
+        plan.sampling(m, prompts, answer),
+        tracked,
+        dominant,
+        pixels_of(policy, image, rows),
+        features,
+    )
 
 
 @pytest.mark.parametrize("rows, width", [(2, 20), (4, 60)])
 def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
-    """All but the tower: the cross-attention cache, features, and keys and values of a layer repeated for all heads."""
+    """All but the tower: the cross-attention cache, features, and keys and values of a layer
+    repeated for all heads.
+    """
     policy, m = middle("wide")
     image = Image.new("RGB", SQUARE)
     prompts = conversations(policy, rows, width, image)
@@ -193,134 +281,185 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
     policy.sample_tokens = 10**9
     policy.sample(prompts, 1.0, None, 1)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
-    moments = plan.sampling(m, seen(m, image), rows, width, 2, False)
-    compare(moments, tracked, m, "reading", "reading", "sampling")
+    m.merge_for_sampling = False
+    plan.sampling(m, prompts, 2)
+    compare(plan.sampling(m, prompts, 2), tracked, "reading")
 
 
-@pytest.mark.parametrize("shape, rows, width, size, part, dominant", [
-    ("middle", 64, 100, None, 8, "KV cache"), ("middle", 16, 100, None, 4, "one layer's activations"),
-    ("wide", 6, 60, SQUARE, 1, "cross-attention cache"), ("wide", 6, 20, SQUARE, 3, "one layer's activations")])
-def test_prompts_read_in_parts_need_the_activations_of_one(middle, monkeypatch, shape, rows, width, size, part, dominant):
+@pytest.mark.parametrize(
+    "shape, rows, width, size, part, dominant",
+    [
+        ("middle", 64, 100, None, 8, "reading"),
+        ("middle", 16, 100, None, 4, "reading"),
+        ("wide", 6, 60, SQUARE, 1, "reading"),
+        ("wide", 6, 20, SQUARE, 3, "reading"),
+    ],
+)
+def test_prompts_read_in_parts_need_the_activations_of_one(
+    middle, monkeypatch, shape, rows, width, size, part, dominant
+):
     """Beside the caches of all; pictures were seen before."""
     policy, m = middle(shape)
     image = size and Image.new("RGB", size)
-    monkeypatch.setattr(policy_module, "STATES_AT_ONCE", part * width * m.C)
+    monkeypatch.setattr(policy_module, "STATES_AT_ONCE", part * width * m.base.lm_head.in_features)
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
-    prompts = [replace(p, ids=[policy.prompts.filler, policy.family.image_token, *p.ids[2:]], image=image) if size else p for p in prompts]
+    prompts = [
+        replace(p, ids=[policy.prompts.filler, policy.family.image_token, *p.ids[2:]], image=image)
+        if size
+        else p
+        for p in prompts
+    ]
     policy.sample(prompts[:1], 1.0, None, 1)
     tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
-    compare(plan.sampling(m, seen(m, image), rows, width, 2, False), tracked, m, dominant, "reading", "joining", "sampling",
-            "gathering")
+    m.merge_for_sampling = False
+    plan.sampling(m, prompts[:1], 2)
+    compare(plan.sampling(m, prompts, 2), tracked, dominant)
 
 
-@pytest.mark.parametrize("shape, overrides, rows, width, spans, answer, size, checkpointing, dominant", [
-    ("middle", (), 4, 100, 1, 8, None, True, "one layer's activations"),
-    ("middle", (), 4, 200, 1, 4, None, True, "one layer's activations"),
-    ("middle", (), 4, 20, 3, 20, None, True, "logits, copies"),
-    ("middle", (), 4, 100, 1, 8, None, False, "activations of all layers"),
-    ("middle", (), 2, 10, 3, 40, None, False, "logits, copies"),
-    ("middle", (), 4, 100, 1, 8, TALL, True, "one layer's activations"),
-    ("wide", (), 2, 20, 1, 8, SQUARE, True, "one layer's activations"),
-    slow("wide", (), 2, 20, 1, 8, SQUARE, False, "activations of all layers"),
-    slow("middle", DENSE32, 4, 100, 1, 8, None, True, "one layer's activations"),
-    slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, "activations of all layers"),
-    slow("middle", FULL, 4, 100, 1, 8, None, False, "activations of all layers"),
-    ("middle", EYES, 2, 40, 1, 8, TALL, True, "vision tower"),
-    slow("middle", (*EYES, *FULL), 2, 40, 1, 8, TALL, True, "vision tower")])
-def test_update(middle, shape, overrides, rows, width, spans, answer, size, checkpointing, dominant):
+@pytest.mark.parametrize(
+    "shape, overrides, rows, width, spans, answer, size, checkpointing, dominant",
+    [
+        ("middle", (), 4, 100, 1, 8, None, True, "backward"),
+        ("middle", (), 4, 200, 1, 4, None, True, "backward"),
+        ("middle", (), 4, 20, 3, 20, None, True, ("scoring", "backward")),
+        ("middle", (), 4, 100, 1, 8, None, False, ("scoring", "backward")),
+        ("middle", (), 2, 10, 3, 40, None, False, ("scoring", "backward")),
+        ("middle", (), 4, 100, 1, 8, TALL, True, "backward"),
+        ("wide", (), 2, 20, 1, 8, SQUARE, True, "backward"),
+        slow("wide", (), 2, 20, 1, 8, SQUARE, False, ("scoring", "backward")),
+        slow("middle", DENSE32, 4, 100, 1, 8, None, True, "backward"),
+        slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
+        slow("middle", FULL, 4, 100, 1, 8, None, False, ("scoring", "backward")),
+        ("middle", VISION, 2, 40, 1, 8, TALL, True, "backward"),
+        slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, "backward"),
+    ],
+)
+def test_update(
+    middle, shape, overrides, rows, width, spans, answer, size, checkpointing, dominant
+):
     policy, m = middle(shape, *overrides)
     image = size and Image.new("RGB", size)
     policy.checkpointing = checkpointing
     sequences = conversations(policy, rows, width, image, spans, answer)
-    answers(policy, sequences)  # now there are gradients, and frozen eyes have seen the pictures
+    answers(policy, sequences)  # now there are gradients, and a frozen tower has seen the pictures
     tracked = allocated(lambda: answers(policy, sequences))
-    moments = plan.learning(m, seen(m, image), rows, width + spans * answer, rows * spans * answer, checkpointing,
-                            not policy.vision_is_frozen)
-    compare(moments, tracked, m, dominant, "scoring", "backward")
+    m.checkpointing = checkpointing
+    plan.learning(m, sequences)
+    compare(plan.learning(m, sequences), tracked, dominant)
 
 
 # ---------------------------------------------------------------- the 11B by hand
-SIZES = ("model.sample_tokens=8192", "ppo.micro_tokens=2048", "sft.micro_tokens=4096", "ppo.envs=32", "eval.batch_size=32",
-         "model.max_new_tokens=160", "model.memory=24")
+SIZES = (
+    "model.sample_tokens=8192",
+    "ppo.micro_tokens=2048",
+    "sft.micro_tokens=4096",
+    "ppo.envs=32",
+    "eval.batch_size=32",
+    "model.max_new_tokens=160",
+    "model.memory=24",
+)
 
 
-def large(name, *overrides):
+def large(name, *overrides, phases=plan.PHASES):
     """The plan of a configuration of the 11B, of batches of a fixed size."""
-    return plan.budget(load([str(LARGE / f"{name}.yaml"), *SIZES, *overrides])[0])
+    return plan.budget(load([str(LARGE / f"{name}.yaml"), *SIZES, *overrides])[0], phases)
 
 
-def moment(phase, start):
-    """The one moment of a phase whose name begins like that."""
-    (lines,) = (lines for name, lines in phase.items() if name.startswith(start))
-    return lines
+def large_weights(name, *overrides):
+    return plan.policy_of(load([str(LARGE / f"{name}.yaml"), *SIZES, *overrides])[0]).weights
 
 
 def test_weights_of_the_11b():
-    weights, elements = large("gp_l")["weights"], 40 * 3 * 4096 * 14336 + 40 * (2 * 4096 + 2 * 1024) * 4096
-    assert weights["lm_head, bfloat16"] == 2 * 128256 * 4096 and weights["embeddings, bfloat16"] == 2 * 128264 * 4096
-    assert weights["language, nf4"] == pytest.approx(elements * (1 / 2 + 1 / 64 + 4 / 64 / 256), rel=1e-3)
+    weights, elements = (
+        large_weights("gp_l"),
+        40 * 3 * 4096 * 14336 + 40 * (2 * 4096 + 2 * 1024) * 4096,
+    )
+    assert (
+        weights["lm_head, bfloat16"] == 2 * 128256 * 4096
+        and weights["embeddings, bfloat16"] == 2 * 128264 * 4096
+    )
+    assert weights["language, nf4"] == pytest.approx(
+        elements * (1 / 2 + 1 / 64 + 4 / 64 / 256), rel=1e-3
+    )
     assert weights["projector, bfloat16"] == 2 * (7680 * 4096 + 4096)
     assert sum(weights.values()) == pytest.approx(8.4e9, rel=0.01)
-    dense = large("gp_l", "model.quantization=none")["weights"]
-    assert sum(dense.values()) == 2 * 10_670_220_835
-    assert sum(large("gp_l", "model.keep_unquantized=[lm_head]")["weights"].values()) == pytest.approx(7.2e9, rel=0.02)
+    assert sum(large_weights("gp_l", "model.quantization=none").values()) == 2 * 10_670_220_835
+    assert sum(large_weights("gp_l", "model.keep_unquantized=[lm_head]").values()) == pytest.approx(
+        7.2e9, rel=0.02
+    )
 
 
 def test_adapters_of_the_11b():
     """r (in + out) per projection; in text the 8 cross-attention layers have no gradient."""
     layer = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-    still = large("gp_l")["rl.py update"]["all the time"]
+    still = large("gp_l", phases=["rl.py update"])["rl.py update"].lying
     assert still["LoRA, fp32"] == still["start of the KL penalty"] == 40 * layer * 4 == 209_715_200
     assert still["gradients"] == 32 * layer * 4 and still["AdamW's moments"] == 2 * 32 * layer * 4
     assert still["value head, trained"] == 4 * 4 * (2 * 4096 + 4097 * 1024 + 1025 * 512 + 513)
-    assert large("virl_vl")["sft.py"]["all the time"]["gradients"] == 40 * layer * 4
-    assert "start of the KL penalty" not in large("gp_l")["sft.py"]["all the time"]
-    assert large("gp_l", "ppo.kl_coef=0")["rl.py update"]["all the time"]["start of the KL penalty"] == 0
+    sft = large("virl_vl", phases=["sft.py"])["sft.py"].lying
+    assert sft["gradients"] == 40 * layer * 4 and "start of the KL penalty" not in sft
+    free = large("gp_l", "ppo.kl_coef=0", phases=["rl.py update"])["rl.py update"].lying
+    assert free["start of the KL penalty"] == 0
 
 
 def test_caches_of_the_11b():
-    """131 kB of keys and values per token of 32 layers; 0.21 GB per sequence that looks at 4 tiles of 1601 patches."""
-    phase = large("virl_vl")["rl.py rollout"]
-    reading, sampling = moment(phase, "reading 11 of 11 prompts of 700"), moment(phase, "sampling 11 answers of 160")
-    assert reading["KV cache"] == 11 * 700 * 131_072 and sampling["KV cache"] == 11 * 860 * 131_072
-    assert reading["cross-attention cache"] == 11 * 8 * 4 * 1601 * 2 * 1024 * 2 == 11 * 209_846_272
-    assert reading["image features"] == 11 * 6404 * 4096 * 2
-    assert moment(phase, "encoding 2 of 11")
+    """131 kB of keys and values per token of 32 layers; 0.21 GB per sequence that looks at 4 tiles
+    of 1601 patches. Beside
+    them lie the states, activations and logits of a step."""
+    moments = large("virl_vl", phases=["rl.py rollout"])["rl.py rollout"].moments
+    (sampling,) = (
+        size for moment, size in moments.items() if moment.startswith("sampling 11 answers of 160")
+    )
+    caches = 11 * 860 * 131_072 + 11 * 209_846_272
+    assert 1 < sampling / caches < 1.25
 
 
-def test_updates_of_the_11b():
-    moments = large("gp_vl")["rl.py update"]  # two tiles; conversations of one answer: 250 + 160 tokens
-    lines = moment(moments, "backward through 4 conversations of 410")
-    assert lines["input of every layer"] == 40 * 4 * 410 * 4096 * 2 and lines["image features"] == 4 * 3202 * 8192
-    assert moment(moments, "scoring")["logits, copies"] == (2**25 // 128256) * 128256 * 22
-    text = moment(large("gp_l")["sft.py"], "backward through 9 conversations of 410")
-    assert text["input of every layer"] == 32 * 9 * 410 * 8192
-    assert large("gp_vl")["host memory"] == {"image cache": 8 * GIB} and large("gp_l")["host memory"] == {"image cache": 0}
-
-
-@pytest.mark.parametrize("name, gib", [("gp_l", 16), ("gp_vl", 22), ("virl_l", 22), ("virl_vl", 22)])
-@pytest.mark.parametrize("overrides", [(), ("model.gradient_checkpointing=false", "ppo.micro_tokens=1024",
-                                            "sft.micro_tokens=1024")], ids=["checkpointed", "not"])
+@pytest.mark.parametrize(
+    "name, gib", [("gp_l", 16), ("gp_vl", 22), ("virl_l", 22), ("virl_vl", 22)]
+)
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("model.gradient_checkpointing=false", "ppo.micro_tokens=1024", "sft.micro_tokens=1024")],
+    ids=["checkpointed", "not"],
+)
 def test_shipped_configurations_fit(name, gib, overrides):
     cfg, *_ = load([str(LARGE / f"{name}.yaml"), *overrides])
-    assert max(n for n, _ in plan.peaks(plan.budget(cfg)).values()) < min(gib, cfg.model.memory - plan.MARGIN) * GIB
+    assert (
+        max(phase.peak[0] for phase in plan.budget(cfg).values())
+        < min(gib, cfg.model.memory - plan.MARGIN) * GIB
+    )
 
 
-@pytest.mark.parametrize("change, phase", [
-    ("ppo.envs=16", "rl.py rollout"), ("model.sample_tokens=4096", "rl.py rollout"), ("eval.batch_size=8", "eval.py"),
-    ("lora.r=4", "sft.py"), ("ppo.micro_tokens=512", "rl.py update"),
-    ("sft.micro_tokens=512", "sft.py"), ("env.image_size=null", "rl.py rollout"), ("ppo.kl_coef=0", "rl.py update")])
+@pytest.mark.parametrize(
+    "change, phase",
+    [
+        ("ppo.envs=16", "rl.py rollout"),
+        ("model.sample_tokens=4096", "rl.py rollout"),
+        ("eval.batch_size=8", "eval.py"),
+        ("lora.r=4", "sft.py"),
+        ("ppo.micro_tokens=512", "rl.py update"),
+        ("sft.micro_tokens=512", "sft.py"),
+        ("env.image_size=null", "rl.py rollout"),
+        ("ppo.kl_coef=0", "rl.py update"),
+    ],
+)
 def test_less_of_anything_needs_less(change, phase):
-    before, after = (plan.peaks(large("gp_vl", *more))[phase][0] for more in ((), (change,)))
+    before, after = (
+        large("gp_vl", *more, phases=[phase])[phase].peak[0] for more in ((), (change,))
+    )
     assert after < before
 
 
 # ---------------------------------------------------------------- the script
 def script(*arguments, **environment):
     """(exit code, stdout, stderr) of plan.py without a network and with an empty hub cache."""
-    done = subprocess.run([sys.executable, str(ROOT / "plan.py"), *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **environment})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "plan.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", **environment},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -340,39 +479,43 @@ def test_a_gated_model_is_planned_without_a_download():
 
 
 def test_what_does_not_fit_names_keys_that_make_it_fit(capsys):
-    overrides = (*SIZES, "model.memory=14", "model.sample_tokens=65536", "model.gradient_checkpointing=false")
+    overrides = (
+        *SIZES,
+        "model.memory=14",
+        "model.sample_tokens=65536",
+        "model.gradient_checkpointing=false",
+    )
     code, out = main(capsys, LARGE / "virl_vl.yaml", *overrides)
     assert code == 1 and "DOES NOT FIT" in out
-    helped = [line for line in out.splitlines() if " fits with " in line]
-    assert {line.split(" fits with ")[0] for line in helped} >= {"rl.py rollout", "rl.py update"}
-    fixes = [fix for line in helped for fix in line.split(" fits with ")[1].split(" (")[0].split()]
-    assert any(fix.startswith("model.sample_tokens=") for fix in fixes)
-    assert any("model.gradient_checkpointing=true" in line for line in helped)
-    for line in helped:
-        phase, rest = line.split(" fits with ")
-        for fix in rest.split(";")[0].split(" or "):
-            changes = fix.split(" (")[0].split()
-            assert plan.peaks(large("virl_vl", *overrides, *changes))[phase][0] <= 13 * GIB, changes
-    assert main(capsys, LARGE / "virl_vl.yaml", *overrides, *fixes)[0] == 0
+    helped = dict(line.split(" fits with ") for line in out.splitlines() if " fits with " in line)
+    assert set(helped) >= {"rl.py rollout", "rl.py update"}
+    assert "model.sample_tokens=" in helped["rl.py rollout"]
+    assert "model.gradient_checkpointing=true" in helped["rl.py update"]
+    first = []
+    for phase, fixes in helped.items():
+        for fix in fixes.split(" or "):
+            change = fix.split(" (")[0]
+            needed = large("virl_vl", *overrides, change, phases=[phase])[phase].peak[0]
+            assert needed <= 13 * GIB, change
+        first.append(fixes.split(" (")[0])
+    assert main(capsys, LARGE / "virl_vl.yaml", *overrides, *first)[0] == 0
 
 
 def test_what_never_fits_says_so(capsys):
     code, out = main(capsys, LARGE / "gp_l.yaml", "model.memory=6")
-    assert code == 1 and out.count("fits with none of its keys") == 4 and out.count("DOES NOT FIT") == 4
+    assert code == 1 and out.count("no single key of ") == 4 and out.count("DOES NOT FIT") == 4
 
 
-def test_the_widest_rollout_fits_and_one_more_table_does_not(capsys):
-    overrides = ("model.memory=16", "model.sample_tokens=1000000")
-    _, out = main(capsys, LARGE / "virl_vl.yaml", *overrides)
-    (width,) = (int(line.split("=")[1].split()[0]) for line in out.splitlines() if line.startswith("a rollout fits"))
-    fits, not_ = (plan.peaks(large("virl_vl", *overrides, f"ppo.envs={n}"))["rl.py rollout"][0] for n in (width, width + 1))
-    assert fits <= 15 * GIB < not_
-
-
-@pytest.mark.parametrize("argument, meant", [
-    ("ppo.micro_token=5", "ppo.micro_tokens"), ("env.image_siz=5", "did you mean image_size"),
-    ("model.shape=nowhere", "model.shape"), ("model.shape=tests", "model.shape"),
-    ("lora.target_modules=nothing", "lora.target_modules")])
+@pytest.mark.parametrize(
+    "argument, meant",
+    [
+        ("ppo.micro_token=5", "ppo.micro_tokens"),
+        ("env.image_siz=5", "did you mean image_size"),
+        ("model.shape=nowhere", "model.shape"),
+        ("model.shape=tests", "model.shape"),
+        ("lora.target_modules=nothing", "lora.target_modules"),
+    ],
+)
 def test_mistakes_are_named_in_one_line(argument, meant):
     with pytest.raises(UserError, match=meant) as error:
         plan.main([str(LARGE / "gp_vl.yaml"), argument])
@@ -381,4 +524,4 @@ def test_mistakes_are_named_in_one_line(argument, meant):
 
 def test_a_local_model_is_planned_in_its_own_shape():
     cfg, *_ = load([str(PICTURES), "model.shape=configs/11b/llama-3.2-11b-vision"])
-    assert sum(plan.budget(cfg)["weights"].values()) < GIB / 10
+    assert sum(plan.policy_of(cfg).weights.values()) < GIB / 10
