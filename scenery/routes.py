@@ -11,8 +11,8 @@ import random
 from functools import lru_cache
 from typing import NamedTuple
 
-from scenery import streets
 from scenery.official import along, geocode, read_route
+from scenery.styles import CATEGORIES, CITIES
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind",  # clockwise
@@ -20,7 +20,7 @@ SIDES = ("front", "right front", "right", "right behind",  # clockwise
 ADJECTIVES = ("Amber", "Blue", "Coral", "Crystal", "Golden", "Grand", "Happy", "Little", "Lucky",
               "Modern", "Olive", "Quiet", "Rapid", "Royal", "Silver", "Sunny", "Urban", "Velvet",
               "Violet", "Young")
-TRAINED_ON, *ELSEWHERE = streets.CITIES  # New York, and the eight other cities
+TRAINED_ON, *ELSEWHERE = CITIES  # New York, and the eight other cities
 SPLITS = {"train": 1000, "seen": 48, "unseen": 200, "mini": 18, "cities": 200}  # routes in each
 NEARBY = 16  # metres: a sign farther away does not count as seen
 READABLE = 25  # metres: a sign farther away cannot be read
@@ -214,7 +214,7 @@ def _sign_place(rng, point, heading, stops, is_last):
 
 def _names(rng):
     """[(name, category)], one of each category."""
-    categories = rng.sample(streets.CATEGORIES, len(streets.CATEGORIES))
+    categories = rng.sample(CATEGORIES, len(CATEGORIES))
     adjectives = rng.sample(ADJECTIVES, len(ADJECTIVES))
     return [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
 
@@ -257,7 +257,7 @@ def _off_route(rng, nodes, links, stops, names):
 # ---------------------------------------------------------------- routes
 def _city(split, index):
     if split == "mini":
-        return list(streets.CITIES)[index % len(streets.CITIES)]
+        return list(CITIES)[index % len(CITIES)]
     if split == "cities":
         return ELSEWHERE[index % len(ELSEWHERE)]
     return TRAINED_ON

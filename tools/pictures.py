@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gp import GeneralPoints
 from lib.settings import ROOT
 from scenery.cards import LINE, PAPER, RANKS, SUITS, TABLE, draw_card, draw_table
-from scenery.streets import CITIES, ICONS, Scene, Sign, font, paint_glyph, street_views
+from scenery.streets import street_views
+from scenery.styles import CITIES, ICONS, font, paint_glyph
+from scenery.town import Scene, Sign
 from virl import RULES, Navigation
 
 WHITE = (255, 255, 255)
