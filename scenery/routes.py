@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import random
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -129,22 +130,19 @@ class District:
             todo += new
         return b in reached
 
-    def walk(self, legs, rng):
-        """The nodes of a self-avoiding walk, or None where chance leads nowhere.
+    def walk(self, path, heading, legs, rng):
+        """A path of nodes, so many legs longer, or None where chance leads nowhere.
 
-        It turns at every node between its ends, all of them intersections.
+        It meets no node twice and turns at every node between its ends, all of them intersections.
+        heading: of the path's last leg, None at the start.
         """
-        return self._extend([rng.randrange(len(self.nodes))], None, legs, rng)
-
-    def _extend(self, path, heading, legs, rng):
-        """The path, so many legs longer, or None; heading: of its last leg, None at the start."""
         if legs == 0:
             return path
         if heading is not None and len(self.links[path[-1]]) < 3:
             return None
         for node, ahead in self._ways(path, heading, rng):
             if _legible(ahead):
-                longer = self._extend([*path, node], ahead, legs - 1, rng)
+                longer = self.walk([*path, node], ahead, legs - 1, rng)
                 if longer:
                     return longer
         return None
@@ -159,8 +157,7 @@ class District:
             return ways
         ways = [way for way in ways if _unambiguous(heading, way[1])]
         if rng.random() < 0.4:  # straight streets alone would rarely give a slight turn
-            slight = [way for way in ways if "slightly" in turn_word(heading, way[1])]
-            ways = slight + [way for way in ways if way not in slight]
+            ways.sort(key=lambda way: abs(_change(heading, way[1])) > 45)
         return ways
 
 
@@ -212,13 +209,6 @@ def _sign_place(rng, point, heading, stops, is_last):
     return None
 
 
-def _names(rng):
-    """[(name, category)], one of each category."""
-    categories = rng.sample(CATEGORIES, len(CATEGORIES))
-    adjectives = rng.sample(ADJECTIVES, len(ADJECTIVES))
-    return [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
-
-
 def _landmarks(rng, points, headings, stops, names):
     """A text (or None) for every milestone and the signs [(x, y, name, category)] of these texts.
 
@@ -227,17 +217,16 @@ def _landmarks(rng, points, headings, stops, names):
     texts, signs = [], []
     for leg, (point, heading) in enumerate(zip(points[1:], headings)):
         is_last = leg == len(headings) - 1
-        found = None
+        found = text = None
         if is_last or rng.random() < 0.4:
             found = _sign_place(rng, point, heading, stops, is_last)
-        if found is None:
-            texts.append(None)
-            continue
-        side, place = found
-        name, category = names.pop()
-        signs.append((*place, name, category))
-        prefix = "The destination " if is_last else ""
-        texts.append(f"{prefix}{name} is on your {SIDES[side]}")
+        if found:
+            side, place = found
+            name, category = names.pop()
+            signs.append((*place, name, category))
+            prefix = "The destination " if is_last else ""
+            text = f"{prefix}{name} is on your {SIDES[side]}"
+        texts.append(text)
     return texts, signs
 
 
@@ -263,16 +252,6 @@ def _city(split, index):
     return TRAINED_ON
 
 
-def _find_walk(rng, milestones):
-    """A District and the nodes of a walk through it over so many legs."""
-    legs = rng.randint(*milestones)
-    while True:
-        district = District(rng)
-        path = district.walk(legs, rng)
-        if path:
-            return district, path
-
-
 def _points(district, path, rng):
     """[(x, y)] of a walk's milestones, the start first; both ends lie between intersections."""
     points = [district.nodes[node] for node in path]
@@ -293,9 +272,8 @@ def _near(nodes, links, stops):
 def make_route(split, index, milestones=(2, 8)):
     """Route `index` of a split in the official schema, plus the key `synthetic` for the renderer.
 
-    Landmarks may not be near any other position of the walk, one just passed included: so an
-    intersection's seldom stands behind (4 % do, right and left behind included), the destination's
-    hardly ever.
+    Landmarks may not be near any other position of the walk: so an intersection's seldom stands
+    behind (4 %, right and left behind included), the destination's hardly ever.
 
     Args:
         split: a key of SPLITS ("seen": routes of "train").
@@ -309,7 +287,11 @@ def make_route(split, index, milestones=(2, 8)):
     key = f"{split}|{city}|{index}|{milestones[0]}-{milestones[1]}"
     graph, chance = stream(key, "graph"), stream(key, "landmarks")
 
-    district, path = _find_walk(graph, milestones)
+    legs = graph.randint(*milestones)
+    path = None
+    while not path:
+        district = District(graph)
+        path = district.walk([graph.randrange(len(district.nodes))], None, legs, graph)
     points = _points(district, path, graph)
     x0, y0 = points[0]  # becomes the origin
     points = [(x - x0, y - y0) for x, y in points]
@@ -317,21 +299,23 @@ def make_route(split, index, milestones=(2, 8)):
     headings = [_heading(a, b) for a, b in zip(points, points[1:])]
     stops = _stops(points, headings)
 
-    names = _names(chance)
+    categories = chance.sample(CATEGORIES, len(CATEGORIES))
+    adjectives = chance.sample(ADJECTIVES, len(ADJECTIVES))
+    names = [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
     texts, signs = _landmarks(chance, points, headings, stops, names)
     destination = signs[-1]
     signs += _off_route(chance, nodes, district.links, stops, names)
 
-    number = {node: i for i, node in enumerate(_near(nodes, district.links, stops))}
+    near = _near(nodes, district.links, stops)
     edges = []
-    for a in number:
-        edges += [(number[a], number[b]) for b in district.links[a] if a < b and b in number]
+    for i, a in enumerate(near):
+        edges += [(i, j) for j, b in enumerate(near) if i < j and b in district.links[a]]
     synthetic = {
         "key": key,
         "city": city,
-        "nodes": [nodes[node] for node in number],
-        "edges": sorted(edges),
-        "signs": [(round(x, 2), round(y, 2), name, category) for x, y, name, category in signs]}
+        "nodes": [nodes[node] for node in near],
+        "edges": edges,
+        "signs": [(round(x, 2), round(y, 2), *named) for x, y, *named in signs]}
     return _official(points, headings, texts, destination, stream(key, "place"), synthetic)
 
 
@@ -355,17 +339,16 @@ def _official(points, headings, texts, destination, rng, synthetic):
 
     distances = [round(math.dist(a, b)) for a, b in zip(points, points[1:])]
     info = ""
-    for index, heading in enumerate(headings):
-        info += BLOCK.format(index=index, landmark=texts[index], metres=distances[index],
-                             heading=heading, word=COMPASS[octant(heading)])
     names = []
-    for text in texts:
-        name = text.split(" is on your ")[0] if text else None
-        names.append(name and name.removeprefix("The destination "))
-    x, y, name, _ = destination
+    for index, heading in enumerate(headings):
+        text = texts[index]
+        info += BLOCK.format(index=index, landmark=text, metres=distances[index], heading=heading,
+                             word=COMPASS[octant(heading)])
+        name = re.sub("^The destination | is on your .*", "", text) if text else None
+        names.append(name)
     return {
         "start_place": {"relocated_geocode": rounded(points[0])},
-        "dest_place": {"name": name, "geocode": rounded((x, y))},
+        "dest_place": {"name": name, "geocode": rounded(destination[:2])},
         "init_heading": 0,
         "milestone_info": info,
         "route_results": {"geocode_list": [rounded(point) for point in points[1:]],

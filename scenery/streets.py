@@ -242,18 +242,18 @@ def _lots_in_sight(scene, x, y):
     all around.
     """
     city = CITIES[scene.city]
-    around = []  # (distance of the nearest corner or the front, Lot, distances of its corners)
+    around = []  # (distance, Lot, its corners as seen from the camera, their distances)
     for lot in plan(scene)[0]:
         if lot.outline.away(x, y) < FAR:
-            away = [hypot(px - x, py - y) for px, py in lot.outline.points]
-            (ax, ay), (bx, by) = lot.outline.points[:2]
-            front = hypot((ax - x + bx - x) / 2, (ay - y + by - y) / 2)
-            around.append((min(*away, front), lot, away))
+            corners = [(px - x, py - y) for px, py in lot.outline.points]
+            (ax, ay), (bx, by) = corners[:2]
+            front = hypot((ax + bx) / 2, (ay + by) / 2)
+            away = [hypot(px, py) for px, py in corners]
+            around.append((min(*away, front), lot, corners, away))
     tops = [0.0] * 180  # per direction, how far the lots rise: tangent above the horizon
-    for distance, lot, away in sorted(around, key=itemgetter(0)):
+    for distance, lot, corners, away in sorted(around, key=itemgetter(0)):
         height, outline = _height(lot, city.floors), lot.outline
         mx, my = outline.centre[0] - x, outline.centre[1] - y
-        corners = [(px - x, py - y) for px, py in outline.points]
         turns = [atan2(mx * py - my * px, mx * px + my * py) for px, py in corners]
         first = degrees(atan2(my, mx) + min(turns)) / 2
         last = degrees(atan2(my, mx) + max(turns)) / 2
