@@ -101,13 +101,13 @@ def _is_sign(x, y, name, category):
 
 
 def _rows(data, name, form, length, fits):
-    """The list `synthetic.name`, whose rows have this length and fit."""
+    """The list `synthetic.name` as tuples, whose rows have this length and fit."""
     rows = get_field(data, "synthetic", name)
     refuse_unless(isinstance(rows, (list, tuple)), f"synthetic.{name} is not a list")
     for i, row in enumerate(rows):
         has_length = isinstance(row, (list, tuple)) and len(row) == length
         refuse_unless(has_length and fits(*row), f"synthetic.{name}[{i}] is not {form}")
-    return rows
+    return tuple(map(tuple, rows))
 
 
 def _scene(data):
@@ -124,12 +124,7 @@ def _scene(data):
     refuse_unless(city in tuple(CITIES),
                   f"synthetic.city {city!r} is none of {', '.join(CITIES)}")
     refuse_unless(_is_text(key), "synthetic.key is not text")
-    return Scene(
-        nodes=tuple(tuple(node) for node in nodes),
-        edges=tuple(tuple(edge) for edge in edges),
-        signs=tuple(Sign(*sign) for sign in signs),
-        city=city,
-        seed=key)
+    return Scene(nodes, edges, tuple(Sign(*sign) for sign in signs), city, seed=key)
 
 
 # ---------------------------------------------------------------- routes

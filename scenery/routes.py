@@ -22,6 +22,7 @@ ADJECTIVES = ("Amber", "Blue", "Coral", "Crystal", "Golden", "Grand", "Happy", "
               "Modern", "Olive", "Quiet", "Rapid", "Royal", "Silver", "Sunny", "Urban", "Velvet",
               "Violet", "Young")
 TRAINED_ON, *ELSEWHERE = CITIES  # New York, and the eight other cities
+OTHER_CITIES = {"mini": tuple(CITIES), "cities": ELSEWHERE}  # for splits not in TRAINED_ON alone
 SPLITS = {"train": 1000, "seen": 48, "unseen": 200, "mini": 18, "cities": 200}  # routes in each
 NEARBY = 16  # metres: a sign farther away does not count as seen
 READABLE = 25  # metres: a sign farther away cannot be read
@@ -244,22 +245,6 @@ def _off_route(rng, nodes, links, stops, names):
 
 
 # ---------------------------------------------------------------- routes
-def _city(split, index):
-    if split == "mini":
-        return list(CITIES)[index % len(CITIES)]
-    if split == "cities":
-        return ELSEWHERE[index % len(ELSEWHERE)]
-    return TRAINED_ON
-
-
-def _points(district, path, rng):
-    """[(x, y)] of a walk's milestones, the start first; both ends lie between intersections."""
-    points = [district.nodes[node] for node in path]
-    points[0] = along(points[0], points[1], rng.uniform(0.15, 0.4))
-    points[-1] = along(points[-2], points[-1], rng.uniform(0.6, 0.8))
-    return points
-
-
 def _near(nodes, links, stops):
     """The nodes within IN_SIGHT of a walk and their neighbours: streets may leave the picture."""
     near = set()
@@ -283,7 +268,8 @@ def make_route(split, index, milestones=(2, 8)):
     """
     if split == "seen":
         split, index = "train", index * (SPLITS["train"] // SPLITS["seen"])
-    city = _city(split, index)
+    cities = OTHER_CITIES.get(split, (TRAINED_ON,))
+    city = cities[index % len(cities)]
     key = f"{split}|{city}|{index}|{milestones[0]}-{milestones[1]}"
     graph, chance = stream(key, "graph"), stream(key, "landmarks")
 
@@ -292,7 +278,9 @@ def make_route(split, index, milestones=(2, 8)):
     while not path:
         district = District(graph)
         path = district.walk([graph.randrange(len(district.nodes))], None, legs, graph)
-    points = _points(district, path, graph)
+    points = [district.nodes[node] for node in path]
+    points[0] = along(points[0], points[1], graph.uniform(0.15, 0.4))  # ends between intersections
+    points[-1] = along(points[-2], points[-1], graph.uniform(0.6, 0.8))
     x0, y0 = points[0]  # becomes the origin
     points = [(x - x0, y - y0) for x, y in points]
     nodes = [(round(x - x0, 2), round(y - y0, 2)) for x, y in district.nodes]

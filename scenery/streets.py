@@ -28,6 +28,12 @@ WOOD, STEEL = (92, 74, 58), (70, 74, 80)
 
 
 # ---------------------------------------------------------------- what a camera sees
+def _height(lot, floors):
+    """Metres, to the eaves."""
+    more = int(lot.tall ** 1.5 * (floors.most - floors.fewest + 1))
+    return floors.height * (floors.fewest + more)
+
+
 @lru_cache(maxsize=8192)
 def _tint(colour, light, distance, horizon, haze):
     """A colour in some light (1: full), the farther the more like the horizon's."""
@@ -194,9 +200,10 @@ class _View:
         style, (x, z) = self.city.trees, self.local(tree.place)
         if z > 1.5:
             sunlit = mix(style.leaf, (255, 255, 220), 0.2)
-            colours = [self.tint(colour, distance) for colour in (style.leaf, sunlit, WOOD)]
             unit = (0.09 + 0.04 * tree.size) * self.f / z
-            paint_glyph(self.draw, TREES[style.kind], *self.pixel(x, z), unit, colours)
+            paint_glyph(self.draw, TREES[style.kind], *self.pixel(x, z), unit,
+                        leaf=self.tint(style.leaf, distance), sunlit=self.tint(sunlit, distance),
+                        wood=self.tint(WOOD, distance))
 
     def sign(self, distance, sign):
         """A board facing the camera. Its size goes with the distance, not with z as all else does:
@@ -227,12 +234,6 @@ class Thing(NamedTuple):
     subject: object  # Lot, Tree or Sign
     centre: tuple  # of a disc that covers it
     radius: float
-
-
-def _height(lot, floors):
-    """Metres, to the eaves."""
-    more = int(lot.tall ** 1.5 * (floors.most - floors.fewest + 1))
-    return floors.height * (floors.fewest + more)
 
 
 def _lots_in_sight(scene, x, y):

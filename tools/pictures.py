@@ -92,7 +92,7 @@ def cities():
     for place, (category, icon) in enumerate(ICONS.items()):
         x = 540 + 152 * (place % 5)
         y = 1362 + 112 * (place // 5)
-        paint_glyph(draw, icon, x, y, 0.36, (INK, WHITE))
+        paint_glyph(draw, icon, x, y, 0.36, ink=INK, board=WHITE)
         draw.text((x, y + 50), category, INK, font(15), "mm")
     return sheet
 
