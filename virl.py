@@ -108,7 +108,7 @@ class Grade(NamedTuple):
     reason: str  # told to the model if it failed
 
 
-_styled = lru_cache(maxsize=512)(replace)  # one object per scene and city: it is a cache's key
+_styled = lru_cache(maxsize=512)(replace)  # one Scene in another city: it is a cache's key
 
 
 @lru_cache(maxsize=4096)
@@ -133,7 +133,7 @@ class Navigation:
         panoramas: real street views for `routes`: a folder as panoramas.py describes it.
         hide_intersection_text: V-IRL-VL: only the picture shows that one is at an intersection.
         verify_iters: answers allowed per position (paper: 2).
-    Attributes: route; rail: the Positions of this walk; at: index of the current one.
+    Attributes: route; rail: the Positions of this walk; at: index of the current one in it.
     Raises: ValueError naming the argument, and for files the route and the field.
     """
 

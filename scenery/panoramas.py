@@ -109,17 +109,15 @@ class Panoramas:
         if name not in self.rotations:
             path = self.folder / name
             try:
-                self.rotations[name] = self._rotation(path)
+                text = path.with_suffix(".metadata.json").read_text(encoding="utf-8")
+                rotation = get_field(json.loads(text), "rotation")
+                refuse_unless(is_number(rotation),
+                              f"rotation {rotation!r} is not a number of degrees")
                 Image.open(path.with_suffix(".jpg")).close()
             except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {path}: {error}") from None
+            self.rotations[name] = rotation
         return name
-
-    def _rotation(self, path):
-        metadata = json.loads(path.with_suffix(".metadata.json").read_text(encoding="utf-8"))
-        rotation = get_field(metadata, "rotation")
-        refuse_unless(is_number(rotation), f"rotation {rotation!r} is not a number of degrees")
-        return rotation
 
     def view(self, route, place, heading, size):
         """The 2x2 street view at a place of a route, from the panorama nearest to it.

@@ -127,12 +127,11 @@ class _View:
 
     def patch(self, patch):
         """A polygon on the ground, cut off at NEAR, if it is near and large enough to be seen."""
-        radius = patch.outline.radius
-        away = patch.outline.away(self.x, self.y) - radius
-        is_seen = away < FAR and away * 3 < self.f * radius  # 3 pixels or more
-        if not (is_seen and self.sees(patch.outline.centre, radius)):
+        away = patch.away(self.x, self.y) - patch.radius
+        is_seen = away < FAR and away * 3 < self.f * patch.radius  # 3 pixels or more
+        if not (is_seen and self.sees(patch.centre, patch.radius)):
             return
-        points = [self.local(point) for point in patch.outline.points]
+        points = [self.local(point) for point in patch.points]
         shown = []
         for (x, z), (x1, z1) in zip(points, points[1:] + points[:1]):
             if z >= NEAR:

@@ -187,10 +187,12 @@ def plan(scene):
 
 
 # ---------------------------------------------------------------- what lies on the ground
-class Patch(NamedTuple):
+class Patch(Outline):
     """A polygon on the ground."""
-    colour: tuple
-    outline: Outline
+
+    def __init__(self, colour, points):
+        super().__init__(points)
+        self.colour = colour
 
 
 def _crossing_start(road, node, roads):
@@ -216,13 +218,13 @@ def _crossing(road, node, start, style):
     for k in range(style.bars):
         right = -4.7 + pitch * (k + 0.2)
         left = right + 0.6 * pitch
-        yield Patch(style.colour, Outline((
+        yield Patch(style.colour, (
             road.at(near, right - lean), road.at(near, left - lean),
-            road.at(far, left + lean), road.at(far, right + lean))))
+            road.at(far, left + lean), road.at(far, right + lean)))
     if style.framed:
         for edge in (start - 0.5, start + 3.5):
             t0, t1 = road.from_node(node, edge), road.from_node(node, edge + 0.5)
-            yield Patch(style.colour, Outline(road.strip(t0, t1, -4.7, 4.7)))
+            yield Patch(style.colour, road.strip(t0, t1, -4.7, 4.7))
 
 
 def _markings(road, roads, city):
@@ -238,7 +240,7 @@ def _markings(road, roads, city):
     t, end = ends[0] + 4.5, road.length - ends[1] - 4.5
     while t < end:
         dash = road.strip(t, min(t + city.line.dash, end), -0.14, 0.14)
-        yield Patch(city.line.colour, Outline(dash))
+        yield Patch(city.line.colour, dash)
         t += city.line.dash + city.line.gap
 
 
@@ -253,10 +255,10 @@ def ground(scene):
     widths = ((WALL, city.ground.pavement), (KERB, kerb), (ROAD, city.ground.roadway))
     for half, colour in widths:
         for road in roads:
-            patches.append(Patch(colour, Outline(road.strip(0, road.length, -half, half))))
+            patches.append(Patch(colour, road.strip(0, road.length, -half, half)))
         for x, y in scene.nodes:
             corners = [(x + half * cos(a), y + half * sin(a)) for a in angles]
-            patches.append(Patch(colour, Outline(corners)))
+            patches.append(Patch(colour, corners))
     for road in roads:
         patches += _markings(road, roads, city)
     return patches
