@@ -108,7 +108,10 @@ class Grade(NamedTuple):
     reason: str  # told to the model if it failed
 
 
-_styled = lru_cache(maxsize=512)(replace)  # one Scene in another city: it is a cache's key
+@lru_cache(maxsize=512)
+def _styled(scene, city):
+    """The scene in another city: one object for each, as it is a cache's key."""
+    return replace(scene, city=city)
 
 
 @lru_cache(maxsize=4096)
@@ -210,7 +213,7 @@ class Navigation:
             self.route = split_route(self.split, seed % SPLITS[self.split], self.milestones)
         self.scene = self.route.scene
         if self.scene and self.city:
-            self.scene = _styled(self.scene, city=self.city)
+            self.scene = _styled(self.scene, self.city)
         self.rng = stream(self.route.key, "walk", seed)
         heading = self._start_heading()
         self.rail = self._rail(heading)

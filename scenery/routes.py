@@ -18,9 +18,8 @@ from scenery.styles import CATEGORIES, CITIES
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind",  # clockwise
          "behind", "left behind", "left", "left front")
-ADJECTIVES = ("Amber", "Blue", "Coral", "Crystal", "Golden", "Grand", "Happy", "Little", "Lucky",
-              "Modern", "Olive", "Quiet", "Rapid", "Royal", "Silver", "Sunny", "Urban", "Velvet",
-              "Violet", "Young")
+ADJECTIVES = ("Amber Blue Coral Crystal Golden Grand Happy Little Lucky Modern Olive Quiet Rapid "
+              "Royal Silver Sunny Urban Velvet Violet Young").split()
 TRAINED_ON, *ELSEWHERE = CITIES  # New York, and the eight other cities
 OTHER_CITIES = {"mini": tuple(CITIES), "cities": ELSEWHERE}  # for splits not in TRAINED_ON alone
 SPLITS = {"train": 1000, "seen": 48, "unseen": 200, "mini": 18, "cities": 200}  # routes in each
@@ -142,22 +141,21 @@ class District:
         if heading is not None and len(self.links[path[-1]]) < 3:
             return None
         for node, ahead in self._ways(path, heading, rng):
-            if _legible(ahead):
-                longer = self.walk([*path, node], ahead, legs - 1, rng)
-                if longer:
-                    return longer
+            longer = self.walk([*path, node], ahead, legs - 1, rng)
+            if longer:
+                return longer
         return None
 
     def _ways(self, path, heading, rng):
         """[(next node, heading to it)] in the order in which they are tried."""
         here = path[-1]
         ranks = {node: rng.random() for node in self.links[here] - set(path)}
-        nodes = sorted(ranks, key=ranks.get)
-        ways = [(node, _heading(self.nodes[here], self.nodes[node])) for node in nodes]
-        if heading is None:
-            return ways
-        ways = [way for way in ways if _unambiguous(heading, way[1])]
-        if rng.random() < 0.4:  # straight streets alone would rarely give a slight turn
+        ways = []
+        for node in sorted(ranks, key=ranks.get):
+            ahead = _heading(self.nodes[here], self.nodes[node])
+            if _legible(ahead) and (heading is None or _unambiguous(heading, ahead)):
+                ways.append((node, ahead))
+        if heading is not None and rng.random() < 0.4:  # else slight turns would be rare
             ways.sort(key=lambda way: abs(_change(heading, way[1])) > 45)
         return ways
 
