@@ -62,14 +62,11 @@ def read_answer(answer):
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        data = {key: _quoted(key, answer) for key in KEYS}
+        data = {}
+        for key in KEYS:
+            match = re.search(rf"""["']{key}["']\s*:\s*(?:"([^"]*)"|'([^']*)')""", answer)
+            data[key] = match[match.lastindex] if match else None
     return {key: data[key] if isinstance(data.get(key), str) else None for key in KEYS}
-
-
-def _quoted(key, answer):
-    """The text in quotes that first follows a key in quotes, or None."""
-    match = re.search(rf"""["']{key}["']\s*:\s*(?:"([^"]*)"|'([^']*)')""", answer)
-    return match[match.lastindex] if match else None
 
 
 def sightings(observation):
@@ -98,7 +95,7 @@ class Position:
     """One point of the rail: where one stands, what there is to see, and what is right."""
     place: tuple  # (x, y) metres
     heading: int  # degrees
-    leg: int  # of the route, that ends at or lies ahead of this position
+    leg: int  # of the route: ahead of a turn; behind or around any other position
     action: str  # turn, forward or stop
     observation: str  # oracle text
 
@@ -110,29 +107,11 @@ class Grade(NamedTuple):
     recognized: bool  # landmark and intersection are reported right
     reason: str  # told to the model if it failed
 
-    @property
-    def correct(self):
-        return self.category == "correct"
-
-
-def _instructions(route, turns):
-    """Two texts per leg: how to turn, and how far to go."""
-    instructions = []
-    last = len(turns) - 1
-    for leg, (turn, heading) in enumerate(zip(turns, route.headings)):
-        goal = "you reach the destination" if leg == last else "the next intersection"
-        if route.landmarks[leg]:
-            landmark = re.sub("^The ", "the ", route.landmarks[leg])
-            goal = f"{goal}, where {landmark}"
-        instructions.append(f"Turn {turn} to face {COMPASS[octant(heading)]}.")
-        instructions.append(f"Move forward until {goal}.")
-    return instructions
-
 
 @lru_cache(maxsize=512)
 def _styled(scene, city):
-    """The scene as it would look in another city: one object per pair, as it is a cache's key."""
-    return replace(scene, city=city) if scene and city else scene
+    """The scene in another city: one object for each, as it is a cache's key."""
+    return replace(scene, city=city)
 
 
 @lru_cache(maxsize=4096)
@@ -143,9 +122,6 @@ def _drawn(scene, place, heading, size):
 
 class Navigation:
     """One walk along a route, with the interface of environments that rollout.py describes.
-
-    Generated landmarks may not be near any other position of the walk: so an intersection's seldom
-    stands behind.
 
     Args:
         rule: "absolute" (turn_direction takes one of 8 compass words, trained on) or "relative"
@@ -160,7 +136,7 @@ class Navigation:
         panoramas: real street views for `routes`: a folder as panoramas.py describes it.
         hide_intersection_text: V-IRL-VL: only the picture shows that one is at an intersection.
         verify_iters: answers allowed per position (paper: 2).
-    Attributes: route; rail: the Positions of this walk; at: index of the current one.
+    Attributes: route; rail: the Positions of this walk; at: index of the current one in it.
     Raises: ValueError naming the argument, and for files the route and the field.
     """
 
@@ -180,10 +156,10 @@ class Navigation:
     def __init__(self, rule="absolute", split="train", milestones=(2, 8), routes=None,
                  image_size=None, city=None, panoramas=None, hide_intersection_text=False,
                  verify_iters=2):
-        settings = dict(
+        check_settings(dict(
             rule=rule, split=split, milestones=milestones, routes=routes, image_size=image_size,
-            city=city, panoramas=panoramas, hide_intersection_text=hide_intersection_text)
-        check_settings(settings, self.SETTINGS)
+            city=city, panoramas=panoramas, hide_intersection_text=hide_intersection_text,
+        ), self.SETTINGS)
         self.verify_iters = checked("verify_iters", verify_iters, whole(1, 100))
         fewest, most = milestones
         if fewest > most:
@@ -193,13 +169,21 @@ class Navigation:
                              "where to turn")
         if panoramas is not None and not (routes and image_size):
             raise ValueError("panoramas: needs routes and image_size")
+        try:
+            self._routes = read_routes(routes) if routes else None
+        except ValueError as error:
+            raise ValueError(f"routes: {error}") from None
+        self._panoramas = panoramas_of(panoramas, routes) if panoramas is not None else None
+        if routes and image_size and panoramas is None:
+            if not all(route.scene for route in self._routes):
+                raise ValueError("panoramas: routes without a synthetic scene need a folder of "
+                                 "street views")
         self.rule = rule
         self.split = split
         self.milestones = (fewest, most)
         self.image_size = image_size
         self.city = city
         self.hide_intersection_text = hide_intersection_text
-        self._read_files(routes, panoramas)
         turns = [f"turn_direction({word})" for word in RULES[rule]]
         self._legal = {_squeezed(action) for action in ("forward()", "stop()", *turns)}
         self.done = True  # nothing to answer before reset
@@ -215,19 +199,6 @@ class Navigation:
             title = "recognition %, landmark and intersection reported right on the first attempt"
             self.reports.append(("recognition", title, ("recognized",)))
 
-    def _read_files(self, routes, panoramas):
-        self._routes = self._panoramas = None
-        if routes:
-            try:
-                self._routes = read_routes(routes)
-            except ValueError as error:
-                raise ValueError(f"routes: {error}") from None
-        if panoramas is not None:
-            self._panoramas = panoramas_of(panoramas, routes)
-        elif routes and self.image_size and not all(route.scene for route in self._routes):
-            raise ValueError("panoramas: routes without a synthetic scene need a folder of street "
-                             "views")
-
     # ------------------------------------------------------------ starting and moving on
     def reset(self, seed, progress=0.0):
         """Start the walk that `seed` determines: the same under both rules, with and without
@@ -240,20 +211,20 @@ class Navigation:
             self.route = self._routes[seed % len(self._routes)]
         else:
             self.route = split_route(self.split, seed % SPLITS[self.split], self.milestones)
-        self.scene = _styled(self.route.scene, self.city)
+        self.scene = self.route.scene
+        if self.scene and self.city:
+            self.scene = _styled(self.scene, self.city)
         self.rng = stream(self.route.key, "walk", seed)
         heading = self._start_heading()
         self.rail = self._rail(heading)
-        before = (heading, *self.route.headings)
-        self.turn_words = [turn_word(a, b) for a, b in zip(before, self.route.headings)]
-        self.instructions = _instructions(self.route, self.turn_words)
+        self._instruct(heading)
         self.at = int(progress * len(self.rail))
         self.done = False
         self._arrive()
         return self._obs(), {"cluster": self.route.key, "positions": len(self.rail)}
 
     def _start_heading(self):
-        """Degrees; unless the route says, so that the first turn is clearly slight or not."""
+        """Degrees: the route's, else drawn so that the first turn is clearly slight or not."""
         if self.route.init_heading is not None:
             return self.route.init_heading
         side = self.rng.choice((-1, 1))
@@ -280,35 +251,46 @@ class Navigation:
                 rail.append(Position(end, heading, leg + 1, "turn", f"{seen} {INTERSECTION}"))
         return rail
 
+    def _instruct(self, heading):
+        """Two instructions per leg, how to turn and how far to go; {rule: turn into each leg}."""
+        route = self.route
+        self.instructions = []
+        self.turns = {"absolute": [], "relative": []}
+        for leg, after in enumerate(route.headings):
+            compass, turn = COMPASS[octant(after)], turn_word(heading, after)
+            is_last = leg == len(route.headings) - 1
+            goal = "you reach the destination" if is_last else "the next intersection"
+            if route.landmarks[leg]:
+                landmark = re.sub("^The ", "the ", route.landmarks[leg])
+                goal = f"{goal}, where {landmark}"
+            self.instructions.append(f"Turn {turn} to face {compass}.")
+            self.instructions.append(f"Move forward until {goal}.")
+            self.turns["absolute"].append(f"turn_direction({compass})")
+            self.turns["relative"].append(f"turn_direction({turn})")
+            heading = after
+
     def _arrive(self):
-        """Start a fresh conversation at the current position."""
+        """Start a fresh conversation at the current position: the task, the history of the
+        oracle's observations and the right actions, what there is to see now."""
         self.attempt = 0
-        content = self._prompt()
+        here, n = self.rail[self.at], self.at + 1
+        history = ""
+        for i in range(self.at):
+            history += f"O_{i + 1}: {self.rail[i].observation}\nA_{i + 1}: {self.action(at=i)}\n"
+        hidden = self.hide_intersection_text
+        self._intersection_is_told = INTERSECTION in here.observation and not hidden
+        now = here.observation
+        if self.image_size:
+            now = f"{PICTURE} {INTERSECTION}" if self._intersection_is_told else PICTURE
+        numbered = [f"{i}. {line}" for i, line in enumerate(self.instructions, 1)]
+        history += f"O_{n}: {now}\n"
+        content = PROMPT.format(words=", ".join(RULES[self.rule]), n=n, history=history,
+                                instructions="\n".join(numbered))
         self.image = None
         if self.image_size:
             self.image = self._picture()
             content = [{"type": "image"}, {"type": "text", "text": content}]
         self.messages = [{"role": "user", "content": content}]
-
-    def _prompt(self):
-        """The task; its history holds the oracle's observations and the right actions."""
-        history = ""
-        for i in range(self.at):
-            seen, done = self.rail[i].observation, self.action(at=i)
-            history += f"O_{i + 1}: {seen}\nA_{i + 1}: {done}\n"
-        now = self.rail[self.at].observation
-        if self.image_size:
-            now = f"{PICTURE} {INTERSECTION}" if self._tells_intersection() else PICTURE
-        n = self.at + 1
-        history += f"O_{n}: {now}\n"
-        numbered = [f"{i}. {line}" for i, line in enumerate(self.instructions, 1)]
-        return PROMPT.format(words=", ".join(RULES[self.rule]), instructions="\n".join(numbered),
-                             history=history, n=n)
-
-    def _tells_intersection(self):
-        """Whether the prompt says that one is at an intersection."""
-        is_one = INTERSECTION in self.rail[self.at].observation
-        return is_one and not self.hide_intersection_text
 
     def _picture(self):
         here, size = self.rail[self.at], self.image_size
@@ -334,17 +316,18 @@ class Navigation:
         here = self.rail[self.at]
         grade = self._grade(answer)
         reward = grade.reward
-        terminated = grade.correct and here.action == "stop"
-        truncated = not grade.correct and self.attempt == self.verify_iters
+        correct = grade.category == "correct"
+        terminated = correct and here.action == "stop"
+        truncated = not correct and self.attempt == self.verify_iters
         if truncated:
             reward += EXHAUSTED
         self.done = terminated or truncated
 
-        feedback = "" if grade.correct else RETRY.format(reason=grade.reason)
-        info = {"category": grade.category, "correct": grade.correct,
-                "recognized": grade.recognized, "attempt": self.attempt, "action": here.action,
-                "cluster": self.route.key, "feedback": feedback}
-        if not grade.correct:
+        feedback = "" if correct else RETRY.format(reason=grade.reason)
+        info = {"category": grade.category, "correct": correct, "recognized": grade.recognized,
+                "attempt": self.attempt, "action": here.action, "cluster": self.route.key,
+                "feedback": feedback}
+        if not correct:
             self.messages.append({"role": "assistant", "content": answer})
             self.messages.append({"role": "user", "content": feedback})
         elif not terminated:
@@ -374,15 +357,8 @@ class Navigation:
         """The right action at a position (default: here) under a rule (default: this one's)."""
         position = self.rail[self.at if at is None else at]
         if position.action == "turn":
-            return self._turn(position.leg, rule or self.rule)
+            return self.turns[rule or self.rule][position.leg]
         return f"{position.action}()"
-
-    def _turn(self, leg, rule):
-        """The action that turns into a leg."""
-        word = self.turn_words[leg]
-        if rule == "absolute":
-            word = COMPASS[octant(self.route.headings[leg])]
-        return f"turn_direction({word})"
 
     def answer(self, action, at=None, observation=None):
         """The JSON answer with this action, the instruction followed at a position (default: here)
@@ -425,16 +401,14 @@ class Navigation:
         action = self._blind_action() if name == "blind" else "forward()"
         observation = None
         if self.image_size:
-            observation = f"{NOTHING} {INTERSECTION}" if self._tells_intersection() else NOTHING
+            observation = f"{NOTHING} {INTERSECTION}" if self._intersection_is_told else NOTHING
         return self.answer(action, observation=observation)
 
     def _blind_action(self):
         """Forward, but where the text says intersection, at the start or after a failed answer:
         the next turn that the text names or, when there is none, stop."""
-        if self.at > 0 and self.attempt == 0 and not self._tells_intersection():
+        if self.at > 0 and self.attempt == 0 and not self._intersection_is_told:
             return "forward()"
-        here = self.rail[self.at]
-        next_turn = here.leg if here.action == "turn" else here.leg + 1
-        if next_turn < len(self.turn_words):
-            return self._turn(next_turn, self.rule)
-        return "stop()"
+        later = self.rail[self.at:]
+        turns = [position for position in later if position.action == "turn"]
+        return self.turns[self.rule][turns[0].leg] if turns else "stop()"

@@ -4,7 +4,8 @@ import random
 import torch
 
 import virl
-from scenery import routes, streets
+from scenery import routes
+from scenery.styles import CATEGORIES
 
 
 def phrases():
@@ -26,7 +27,7 @@ def phrases():
                '.", "current instruction": "', '", "action": "', '.", "action": "',
                '"}', ')"}', 'forward()"}', 'stop()"}']
     pieces += [f"{word} " for word in routes.ADJECTIVES]
-    pieces += streets.CATEGORIES
+    pieces += CATEGORIES
     pieces += [virl.RETRY.format(reason=reason) for reason in virl.WRONG.values()]
     return list(dict.fromkeys(pieces))
 
@@ -111,7 +112,7 @@ class Corpus:
 
 def probe_targets(observation):
     """The category in each of the picture's 12 parts (0: none), then whether at an intersection."""
-    categories = [category.lower() for category in streets.CATEGORIES]
+    categories = [category.lower() for category in CATEGORIES]
     landmarks, crossing = virl.sightings(observation)
     parts = [0] * 12
     for name, side in landmarks:
@@ -129,7 +130,7 @@ class Probe(torch.nn.Module):
 
     def __init__(self, width, side):
         super().__init__()
-        classes = 1 + len(streets.CATEGORIES)
+        classes = 1 + len(CATEGORIES)
         self.half = side // 2
         self.sign = torch.nn.Linear(width, classes)
         self.crossing = torch.nn.Linear(4 * width, classes)

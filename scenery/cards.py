@@ -34,16 +34,11 @@ WITHOUT_LINE = ("line", "blush", "lips", "nose")  # parts of these colours have 
 HAIR = {"J": (222, 160, 62), "Q": (122, 58, 28), "K": (150, 142, 138)}
 
 # Heights of the pips, 0 top to 1 bottom: in each side column, in the middle column
+THREE, FOUR = (0, 1 / 2, 1), (0, 1 / 3, 2 / 3, 1)
 PIPS = {
-    "2": ((), (0, 1)),
-    "3": ((), (0, 1 / 2, 1)),
-    "4": ((0, 1), ()),
-    "5": ((0, 1), (1 / 2,)),
-    "6": ((0, 1 / 2, 1), ()),
-    "7": ((0, 1 / 2, 1), (1 / 4,)),
-    "8": ((0, 1 / 2, 1), (1 / 4, 3 / 4)),
-    "9": ((0, 1 / 3, 2 / 3, 1), (1 / 2,)),
-    "10": ((0, 1 / 3, 2 / 3, 1), (1 / 6, 5 / 6)),
+    "2": ((), (0, 1)), "3": ((), THREE), "4": ((0, 1), ()), "5": ((0, 1), (1 / 2,)),
+    "6": (THREE, ()), "7": (THREE, (1 / 4,)), "8": (THREE, (1 / 4, 3 / 4)),
+    "9": (FOUR, (1 / 2,)), "10": (FOUR, (1 / 6, 5 / 6)),
 }
 
 
@@ -54,14 +49,10 @@ def _oval(x, y, width, height):
     return [(x + width * cos(turn), y + height * sin(turn)) for turn in turns]
 
 
-def _circle(x, y, radius):
-    return _oval(x, y, radius, radius)
-
-
 def _diamond(width, hollow):
     """Superellipse |x / width|^hollow + |y|^hollow = 1: straight at hollow 1, drawn in below it."""
     bend = 2 / hollow - 1
-    return [(width * x * abs(x) ** bend, y * abs(y) ** bend) for x, y in _circle(0, 0, 1)]
+    return [(width * x * abs(x) ** bend, y * abs(y) ** bend) for x, y in _oval(0, 0, 1, 1)]
 
 
 def _heart(width, height):
@@ -76,17 +67,13 @@ def _heart(width, height):
     return points
 
 
-def _spade(width, height):
-    return [(x, -y) for x, y in _heart(width, height)]
-
-
 STEM = [(-.07, 0), (.07, 0), (.09, .45), (.17, .75), (.42, 1), (-.42, 1), (-.17, .75), (-.09, .45)]
 SHAPES = {  # polygons in the square from (-1, -1) to (1, 1), y downwards
     "hearts": [_heart(.96, 1.88)],
     "diamonds": [_diamond(.8, .88)],
-    "spades": [_spade(.92, 1.72), STEM],
-    "clubs": [_circle(0, -.55, .44), _circle(-.53, .19, .44), _circle(.53, .19, .44),
-              _circle(0, 0, .2), STEM],
+    "spades": [[(x, -y) for x, y in _heart(.92, 1.72)], STEM],
+    "clubs": [_oval(0, -.55, .44, .44), _oval(-.53, .19, .44, .44), _oval(.53, .19, .44, .44),
+              _oval(0, 0, .2, .2), STEM],
 }
 
 
@@ -97,19 +84,15 @@ def _glyph(rank):
     The digits of 10 are set one by one: kerning depends on the build of Pillow.
     """
     font = ImageFont.load_default(400)
-    gap = 30
-    digits = []
+    mask = Image.new("L", (1200, 700))
+    x = 0
     for digit in rank:
         image = Image.new("L", (600, 700))
         ImageDraw.Draw(image).text((100, 60), digit, 255, font, stroke_width=10)
-        digits.append(image.crop(image.getbbox()))
-    width = sum(digit.width + gap for digit in digits) - gap
-    mask = Image.new("L", (width, max(digit.height for digit in digits)))
-    x = 0
-    for digit in digits:
+        digit = image.crop(image.getbbox())
         mask.paste(digit, (x, 0))
-        x += digit.width + gap
-    return mask
+        x += digit.width + 30
+    return mask.crop(mask.getbbox())
 
 
 class _Pen:
@@ -149,49 +132,33 @@ class _Pen:
 # ---------------------------------------------------------------- faces of the cards
 def _outlines(part):
     """The polygons of a part of court.yaml, x from the left edge of the card."""
-    if "half" in part:
-        right = [(50 + x, y) for x, y in part["half"]]
-        left = [(50 - x, y) for x, y in part["half"]]
+    if part["shape"] == "ovals":
+        (x, y), radii = part["points"]
+        return [_oval(50 + x, y, *radii), _oval(50 - x, y, *radii)]
+    right = [(50 + x, y) for x, y in part["points"]]
+    left = [(50 - x, y) for x, y in part["points"]]
+    if part["shape"] == "half":
         back = left[::-1]
         return [right + back, left + back]  # the left edge twice, as in all pictures so far
-    if "ovals" in part:
-        (x, y), radii = part["ovals"]
-        return [_oval(50 + x, y, *radii), _oval(50 - x, y, *radii)]
-    if "right" in part:
-        return [[(50 + x, y) for x, y in part["right"]]]
-    return [[(50 + side * x, y) for x, y in part["pair"]] for side in (1, -1)]
-
-
-def _figure(pen, rank, suit):
-    """King, queen or jack, from the top of the frame to the middle of the card."""
-    colours = {**COURT_COLOURS, "suit": SUITS[suit], "hair": HAIR[rank]}
-    for part in COURT:
-        if rank not in part["ranks"]:
-            continue
-        line = None if part["colour"] in WITHOUT_LINE else LINE
-        for outline in _outlines(part):
-            pen.area(outline, colours[part["colour"]], line)
+    return [right] if part["shape"] == "right" else [right, left]
 
 
 def _court(pen, rank, suit):
     """The framed middle of a court card: the figure, and below it the same upside down."""
     frame = [(22, 14), (78, 14), (78, 126), (22, 126)]
     pen.area(frame, CREAM)
-    _figure(pen, rank, suit)
+    colours = {**COURT_COLOURS, "suit": SUITS[suit], "hair": HAIR[rank]}
+    for part in COURT:
+        if rank in part["ranks"]:
+            line = None if part["colour"] in WITHOUT_LINE else LINE
+            for outline in _outlines(part):
+                pen.area(outline, colours[part["colour"]], line)
     pen.suit(suit, 28, 20.5, 9.5)
     width, height = pen.image.size
     half = pen.image.crop((0, 0, width, height // 2))
     pen.image.paste(half.transpose(Image.Transpose.ROTATE_180), (0, height - height // 2))
     pen.area([(22, 67.8), (78, 67.8), (78, 72.2), (22, 72.2)], GOLD, LINE)
     pen.area(frame, None, SUITS[suit], 1)
-
-
-def _pips(pen, rank, suit):
-    """The pips in their usual places; those below the centre stand on their heads."""
-    sides, middle = PIPS[rank]
-    for x, heights in ((32, sides), (50, middle), (68, sides)):
-        for height in heights:
-            pen.suit(suit, x, 26 + 88 * height, 18.5, turned=height > 1 / 2)
 
 
 def _full_face(pen, rank, suit):
@@ -201,7 +168,10 @@ def _full_face(pen, rank, suit):
     if rank == "A":
         pen.suit(suit, 50, 70, 50)
     elif rank in PIPS:
-        _pips(pen, rank, suit)
+        sides, middle = PIPS[rank]
+        for x, heights in ((32, sides), (50, middle), (68, sides)):
+            for height in heights:  # pips below the centre stand on their heads
+                pen.suit(suit, x, 26 + 88 * height, 18.5, turned=height > 1 / 2)
     else:
         _court(pen, rank, suit)
     image = pen.image

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from scenery import streets
+from scenery.styles import CATEGORIES, CITIES
+from scenery.town import Scene, Sign
 
 METRES = 111_320  # per degree of latitude
 
@@ -35,7 +36,7 @@ class Route:
     points: tuple  # K + 1 of (x, y), metres from the start
     headings: tuple  # K whole degrees, of each leg
     landmarks: tuple  # K texts or None, at the end of each leg
-    scene: streets.Scene | None  # what the renderer draws, for synthetic routes
+    scene: Scene | None  # what the renderer draws, for synthetic routes
 
     def pauses(self, leg):
         """The four places on a leg where a walk may pause (official); None if too near an end."""
@@ -96,17 +97,17 @@ def _is_point(x, y):
 
 
 def _is_sign(x, y, name, category):
-    return _is_point(x, y) and _is_text(name) and category in streets.CATEGORIES
+    return _is_point(x, y) and _is_text(name) and category in CATEGORIES
 
 
 def _rows(data, name, form, length, fits):
-    """The list `synthetic.name`, whose rows have this length and fit."""
+    """The list `synthetic.name` as tuples, whose rows have this length and fit."""
     rows = get_field(data, "synthetic", name)
     refuse_unless(isinstance(rows, (list, tuple)), f"synthetic.{name} is not a list")
     for i, row in enumerate(rows):
         has_length = isinstance(row, (list, tuple)) and len(row) == length
         refuse_unless(has_length and fits(*row), f"synthetic.{name}[{i}] is not {form}")
-    return rows
+    return tuple(map(tuple, rows))
 
 
 def _scene(data):
@@ -120,15 +121,10 @@ def _scene(data):
     edges = _rows(data, "edges", "[i, j], two nodes a metre or more apart", 2, is_edge)
     signs = _rows(data, "signs", "[x, y, name, category]", 4, _is_sign)
     city, key = get_field(data, "synthetic", "city"), get_field(data, "synthetic", "key")
-    refuse_unless(city in tuple(streets.CITIES),
-                  f"synthetic.city {city!r} is none of {', '.join(streets.CITIES)}")
+    refuse_unless(city in tuple(CITIES),
+                  f"synthetic.city {city!r} is none of {', '.join(CITIES)}")
     refuse_unless(_is_text(key), "synthetic.key is not text")
-    return streets.Scene(
-        nodes=tuple(tuple(node) for node in nodes),
-        edges=tuple(tuple(edge) for edge in edges),
-        signs=tuple(streets.Sign(*sign) for sign in signs),
-        city=city,
-        seed=key)
+    return Scene(nodes, edges, tuple(Sign(*sign) for sign in signs), city, seed=key)
 
 
 # ---------------------------------------------------------------- routes

@@ -4,6 +4,7 @@ Nothing is ever fetched.
 """
 import csv
 import itertools
+from bisect import bisect_left
 import json
 import math
 import re
@@ -56,16 +57,10 @@ def _source(panorama, yaw, column, row):
 
 
 def _globe(lat, lng):
-    """(x, y, z) metres from the middle of the Earth."""
+    """(z, x, y) metres from the middle of the Earth, z towards the north pole."""
     lat, lng, radius = math.radians(lat), math.radians(lng), METRES * 180 / math.pi
-    x = radius * math.cos(lat) * math.cos(lng)
-    y = radius * math.cos(lat) * math.sin(lng)
-    return x, y, radius * math.sin(lat)
-
-
-def _cell(spot):
-    """The cube of NEAREST metres that holds one of _globe's spots."""
-    return tuple(int(v // NEAREST) for v in spot)
+    around = radius * math.cos(lat)
+    return radius * math.sin(lat), around * math.cos(lng), around * math.sin(lng)
 
 
 class Panoramas:
@@ -80,58 +75,49 @@ class Panoramas:
 
     def __init__(self, folder, routes):
         self.folder = Path(folder)
-        self.cells = {}  # {cell: [(spot on the globe, pano_id)]}
         self.rotations = {}  # {pano_id: degrees}
         table = self.folder / "panoramas.csv"
         try:
             with open(table, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    self._add(row)
+                spots = [self._spot(row) for row in csv.DictReader(file)]
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"panoramas: {table}: {error}") from None
-        refuse_unless(self.cells, f"panoramas: {table} has no rows")
+        refuse_unless(spots, f"panoramas: {table} has no rows")
+        self.spots = sorted(spots)  # (on the globe, pano_id), from south to north
         for route in routes:
             for place in route.places():
                 self._find(route, place)
 
-    def _add(self, row):
-        """A row of panoramas.csv."""
+    def _spot(self, row):
+        """Where the panorama of a row of panoramas.csv was taken, and its pano_id."""
         name = row["pano_id"]
         refuse_unless(re.fullmatch(r"[\w-]+", name, re.ASCII),
                       f"pano_id {name!r} may hold letters, digits, _ and - only")
         place = [float(row["lat"]), float(row["lng"])]
-        spot = _globe(*checked_geocode(place, f"row of {name}"))
-        self.cells.setdefault(_cell(spot), []).append((spot, name))
-
-    def _near(self, here):
-        """(metres, pano_id) of the panoramas in the cells around a spot."""
-        x, y, z = _cell(here)
-        around = itertools.product((x - 1, x, x + 1), (y - 1, y, y + 1), (z - 1, z, z + 1))
-        for cell in around:
-            for spot, name in self.cells.get(cell, ()):
-                yield math.dist(spot, here), name
+        return _globe(*checked_geocode(place, f"row of {name}")), name
 
     def _find(self, route, place):
         """The panorama nearest to a place of a route; its files are read when it is first found."""
         lat, lng = geocode(route.start, place)
         where = f"panoramas: route {route.key}: {lat:.6f}, {lng:.6f}"
-        away, name = min(self._near(_globe(lat, lng)), default=(math.inf, None))
+        here = _globe(lat, lng)
+        first = bisect_left(self.spots, ((here[0] - NEAREST,),))
+        last = bisect_left(self.spots, ((here[0] + NEAREST + 1,),))
+        near = [(math.dist(spot, here), name) for spot, name in self.spots[first:last]]
+        away, name = min(near, default=(math.inf, None))
         refuse_unless(away <= NEAREST, f"{where} has none within {NEAREST} m")
         if name not in self.rotations:
             path = self.folder / name
             try:
-                rotation = self._rotation(path)
+                text = path.with_suffix(".metadata.json").read_text(encoding="utf-8")
+                rotation = get_field(json.loads(text), "rotation")
+                refuse_unless(is_number(rotation),
+                              f"rotation {rotation!r} is not a number of degrees")
                 Image.open(path.with_suffix(".jpg")).close()
             except (OSError, ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {path}: {error}") from None
             self.rotations[name] = rotation
         return name
-
-    def _rotation(self, path):
-        metadata = json.loads(path.with_suffix(".metadata.json").read_text(encoding="utf-8"))
-        rotation = get_field(metadata, "rotation")
-        refuse_unless(is_number(rotation), f"rotation {rotation!r} is not a number of degrees")
-        return rotation
 
     def view(self, route, place, heading, size):
         """The 2x2 street view at a place of a route, from the panorama nearest to it.

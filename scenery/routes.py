@@ -8,19 +8,20 @@ import hashlib
 import itertools
 import math
 import random
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from scenery import streets
 from scenery.official import along, geocode, read_route
+from scenery.styles import CATEGORIES, CITIES
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind",  # clockwise
          "behind", "left behind", "left", "left front")
-ADJECTIVES = ("Amber", "Blue", "Coral", "Crystal", "Golden", "Grand", "Happy", "Little", "Lucky",
-              "Modern", "Olive", "Quiet", "Rapid", "Royal", "Silver", "Sunny", "Urban", "Velvet",
-              "Violet", "Young")
-TRAINED_ON, *ELSEWHERE = streets.CITIES  # New York, and the eight other cities
+ADJECTIVES = ("Amber Blue Coral Crystal Golden Grand Happy Little Lucky Modern Olive Quiet Rapid "
+              "Royal Silver Sunny Urban Velvet Violet Young").split()
+TRAINED_ON, *ELSEWHERE = CITIES  # New York, and the eight other cities
+OTHER_CITIES = {"mini": tuple(CITIES), "cities": ELSEWHERE}  # for splits not in TRAINED_ON alone
 SPLITS = {"train": 1000, "seen": 48, "unseen": 200, "mini": 18, "cities": 200}  # routes in each
 NEARBY = 16  # metres: a sign farther away does not count as seen
 READABLE = 25  # metres: a sign farther away cannot be read
@@ -129,38 +130,33 @@ class District:
             todo += new
         return b in reached
 
-    def walk(self, legs, rng):
-        """The nodes of a self-avoiding walk, or None where chance leads nowhere.
+    def walk(self, path, heading, legs, rng):
+        """A path of nodes, so many legs longer, or None where chance leads nowhere.
 
-        It turns at every node between its ends, all of them intersections.
+        It meets no node twice and turns at every node between its ends, all of them intersections.
+        heading: of the path's last leg, None at the start.
         """
-        return self._extend([rng.randrange(len(self.nodes))], None, legs, rng)
-
-    def _extend(self, path, heading, legs, rng):
-        """The path, so many legs longer, or None; heading: of its last leg, None at the start."""
         if legs == 0:
             return path
         if heading is not None and len(self.links[path[-1]]) < 3:
             return None
         for node, ahead in self._ways(path, heading, rng):
-            if _legible(ahead):
-                longer = self._extend([*path, node], ahead, legs - 1, rng)
-                if longer:
-                    return longer
+            longer = self.walk([*path, node], ahead, legs - 1, rng)
+            if longer:
+                return longer
         return None
 
     def _ways(self, path, heading, rng):
         """[(next node, heading to it)] in the order in which they are tried."""
         here = path[-1]
         ranks = {node: rng.random() for node in self.links[here] - set(path)}
-        nodes = sorted(ranks, key=ranks.get)
-        ways = [(node, _heading(self.nodes[here], self.nodes[node])) for node in nodes]
-        if heading is None:
-            return ways
-        ways = [way for way in ways if _unambiguous(heading, way[1])]
-        if rng.random() < 0.4:  # straight streets alone would rarely give a slight turn
-            slight = [way for way in ways if "slightly" in turn_word(heading, way[1])]
-            ways = slight + [way for way in ways if way not in slight]
+        ways = []
+        for node in sorted(ranks, key=ranks.get):
+            ahead = _heading(self.nodes[here], self.nodes[node])
+            if _legible(ahead) and (heading is None or _unambiguous(heading, ahead)):
+                ways.append((node, ahead))
+        if heading is not None and rng.random() < 0.4:  # else slight turns would be rare
+            ways.sort(key=lambda way: abs(_change(heading, way[1])) > 45)
         return ways
 
 
@@ -212,13 +208,6 @@ def _sign_place(rng, point, heading, stops, is_last):
     return None
 
 
-def _names(rng):
-    """[(name, category)], one of each category."""
-    categories = rng.sample(streets.CATEGORIES, len(streets.CATEGORIES))
-    adjectives = rng.sample(ADJECTIVES, len(ADJECTIVES))
-    return [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
-
-
 def _landmarks(rng, points, headings, stops, names):
     """A text (or None) for every milestone and the signs [(x, y, name, category)] of these texts.
 
@@ -227,17 +216,16 @@ def _landmarks(rng, points, headings, stops, names):
     texts, signs = [], []
     for leg, (point, heading) in enumerate(zip(points[1:], headings)):
         is_last = leg == len(headings) - 1
-        found = None
+        found = text = None
         if is_last or rng.random() < 0.4:
             found = _sign_place(rng, point, heading, stops, is_last)
-        if found is None:
-            texts.append(None)
-            continue
-        side, place = found
-        name, category = names.pop()
-        signs.append((*place, name, category))
-        prefix = "The destination " if is_last else ""
-        texts.append(f"{prefix}{name} is on your {SIDES[side]}")
+        if found:
+            side, place = found
+            name, category = names.pop()
+            signs.append((*place, name, category))
+            prefix = "The destination " if is_last else ""
+            text = f"{prefix}{name} is on your {SIDES[side]}"
+        texts.append(text)
     return texts, signs
 
 
@@ -255,32 +243,6 @@ def _off_route(rng, nodes, links, stops, names):
 
 
 # ---------------------------------------------------------------- routes
-def _city(split, index):
-    if split == "mini":
-        return list(streets.CITIES)[index % len(streets.CITIES)]
-    if split == "cities":
-        return ELSEWHERE[index % len(ELSEWHERE)]
-    return TRAINED_ON
-
-
-def _find_walk(rng, milestones):
-    """A District and the nodes of a walk through it over so many legs."""
-    legs = rng.randint(*milestones)
-    while True:
-        district = District(rng)
-        path = district.walk(legs, rng)
-        if path:
-            return district, path
-
-
-def _points(district, path, rng):
-    """[(x, y)] of a walk's milestones, the start first; both ends lie between intersections."""
-    points = [district.nodes[node] for node in path]
-    points[0] = along(points[0], points[1], rng.uniform(0.15, 0.4))
-    points[-1] = along(points[-2], points[-1], rng.uniform(0.6, 0.8))
-    return points
-
-
 def _near(nodes, links, stops):
     """The nodes within IN_SIGHT of a walk and their neighbours: streets may leave the picture."""
     near = set()
@@ -293,9 +255,8 @@ def _near(nodes, links, stops):
 def make_route(split, index, milestones=(2, 8)):
     """Route `index` of a split in the official schema, plus the key `synthetic` for the renderer.
 
-    Landmarks may not be near any other position of the walk, one just passed included: so an
-    intersection's seldom stands behind (4 % do, right and left behind included), the destination's
-    hardly ever.
+    Landmarks may not be near any other position of the walk: so an intersection's seldom stands
+    behind (4 %, right and left behind included), the destination's hardly ever.
 
     Args:
         split: a key of SPLITS ("seen": routes of "train").
@@ -305,33 +266,42 @@ def make_route(split, index, milestones=(2, 8)):
     """
     if split == "seen":
         split, index = "train", index * (SPLITS["train"] // SPLITS["seen"])
-    city = _city(split, index)
+    cities = OTHER_CITIES.get(split, (TRAINED_ON,))
+    city = cities[index % len(cities)]
     key = f"{split}|{city}|{index}|{milestones[0]}-{milestones[1]}"
     graph, chance = stream(key, "graph"), stream(key, "landmarks")
 
-    district, path = _find_walk(graph, milestones)
-    points = _points(district, path, graph)
+    legs = graph.randint(*milestones)
+    path = None
+    while not path:
+        district = District(graph)
+        path = district.walk([graph.randrange(len(district.nodes))], None, legs, graph)
+    points = [district.nodes[node] for node in path]
+    points[0] = along(points[0], points[1], graph.uniform(0.15, 0.4))  # ends between intersections
+    points[-1] = along(points[-2], points[-1], graph.uniform(0.6, 0.8))
     x0, y0 = points[0]  # becomes the origin
     points = [(x - x0, y - y0) for x, y in points]
     nodes = [(round(x - x0, 2), round(y - y0, 2)) for x, y in district.nodes]
     headings = [_heading(a, b) for a, b in zip(points, points[1:])]
     stops = _stops(points, headings)
 
-    names = _names(chance)
+    categories = chance.sample(CATEGORIES, len(CATEGORIES))
+    adjectives = chance.sample(ADJECTIVES, len(ADJECTIVES))
+    names = [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
     texts, signs = _landmarks(chance, points, headings, stops, names)
     destination = signs[-1]
     signs += _off_route(chance, nodes, district.links, stops, names)
 
-    number = {node: i for i, node in enumerate(_near(nodes, district.links, stops))}
+    near = _near(nodes, district.links, stops)
     edges = []
-    for a in number:
-        edges += [(number[a], number[b]) for b in district.links[a] if a < b and b in number]
+    for i, a in enumerate(near):
+        edges += [(i, j) for j, b in enumerate(near) if i < j and b in district.links[a]]
     synthetic = {
         "key": key,
         "city": city,
-        "nodes": [nodes[node] for node in number],
-        "edges": sorted(edges),
-        "signs": [(round(x, 2), round(y, 2), name, category) for x, y, name, category in signs]}
+        "nodes": [nodes[node] for node in near],
+        "edges": edges,
+        "signs": [(round(x, 2), round(y, 2), *named) for x, y, *named in signs]}
     return _official(points, headings, texts, destination, stream(key, "place"), synthetic)
 
 
@@ -355,17 +325,16 @@ def _official(points, headings, texts, destination, rng, synthetic):
 
     distances = [round(math.dist(a, b)) for a, b in zip(points, points[1:])]
     info = ""
-    for index, heading in enumerate(headings):
-        info += BLOCK.format(index=index, landmark=texts[index], metres=distances[index],
-                             heading=heading, word=COMPASS[octant(heading)])
     names = []
-    for text in texts:
-        name = text.split(" is on your ")[0] if text else None
-        names.append(name and name.removeprefix("The destination "))
-    x, y, name, _ = destination
+    for index, heading in enumerate(headings):
+        text = texts[index]
+        info += BLOCK.format(index=index, landmark=text, metres=distances[index], heading=heading,
+                             word=COMPASS[octant(heading)])
+        name = re.sub("^The destination | is on your .*", "", text) if text else None
+        names.append(name)
     return {
         "start_place": {"relocated_geocode": rounded(points[0])},
-        "dest_place": {"name": name, "geocode": rounded((x, y))},
+        "dest_place": {"name": name, "geocode": rounded(destination[:2])},
         "init_heading": 0,
         "milestone_info": info,
         "route_results": {"geocode_list": [rounded(point) for point in points[1:]],

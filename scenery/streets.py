@@ -14,11 +14,8 @@ from typing import Callable, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from scenery.styles import CATEGORIES, CITIES, ICONS, TREES, board, font, mix, paint_glyph
-from scenery.town import CLEAR, WHITE, Scene, Sign, ground, plan
-
-__all__ = ["CATEGORIES", "CITIES", "ICONS", "MIN_SIZE", "Scene", "Sign", "font", "grid",
-           "paint_glyph", "street_views", "view_size"]
+from scenery.styles import CITIES, TREES, board, mix, paint_glyph
+from scenery.town import CLEAR, WHITE, Sign, ground, plan
 
 SPREAD = tan(radians(55))  # views are 110 degrees wide: a board on a diagonal is whole in both
 LEVEL = 0.58  # of a view's height is above the horizon: the road at one's feet tells nothing
@@ -31,6 +28,12 @@ WOOD, STEEL = (92, 74, 58), (70, 74, 80)
 
 
 # ---------------------------------------------------------------- what a camera sees
+def _height(lot, floors):
+    """Metres, to the eaves."""
+    more = int(lot.tall ** 1.5 * (floors.most - floors.fewest + 1))
+    return floors.height * (floors.fewest + more)
+
+
 @lru_cache(maxsize=8192)
 def _tint(colour, light, distance, horizon, haze):
     """A colour in some light (1: full), the farther the more like the horizon's."""
@@ -123,8 +126,12 @@ class _View:
         return _tint(colour, light, distance, self.city.sky.horizon, self.city.haze)
 
     def patch(self, patch):
-        """A polygon on the ground, cut off at NEAR."""
-        points = [self.local(point) for point in patch.outline.points]
+        """A polygon on the ground, cut off at NEAR, if it is near and large enough to be seen."""
+        away = patch.away(self.x, self.y) - patch.radius
+        is_seen = away < FAR and away * 3 < self.f * patch.radius  # 3 pixels or more
+        if not (is_seen and self.sees(patch.centre, patch.radius)):
+            return
+        points = [self.local(point) for point in patch.points]
         shown = []
         for (x, z), (x1, z1) in zip(points, points[1:] + points[:1]):
             if z >= NEAR:
@@ -136,7 +143,7 @@ class _View:
 
     def lot(self, distance, lot):
         """A building. Its roof comes first: the walls hide what is not seen of it from below."""
-        corners, height = lot.outline.points, _height(lot, self.city)
+        corners, height = lot.outline.points, _height(lot, self.city.floors)
         colour = self.city.walls[int(lot.colour * len(self.city.walls))]
         if self.city.roof.height:
             self._roof(distance, corners, height)
@@ -192,9 +199,10 @@ class _View:
         style, (x, z) = self.city.trees, self.local(tree.place)
         if z > 1.5:
             sunlit = mix(style.leaf, (255, 255, 220), 0.2)
-            colours = [self.tint(colour, distance) for colour in (style.leaf, sunlit, WOOD)]
             unit = (0.09 + 0.04 * tree.size) * self.f / z
-            paint_glyph(self.draw, TREES[style.kind], *self.pixel(x, z), unit, colours)
+            paint_glyph(self.draw, TREES[style.kind], *self.pixel(x, z), unit,
+                        leaf=self.tint(style.leaf, distance), sunlit=self.tint(sunlit, distance),
+                        wood=self.tint(WOOD, distance))
 
     def sign(self, distance, sign):
         """A board facing the camera. Its size goes with the distance, not with z as all else does:
@@ -227,26 +235,6 @@ class Thing(NamedTuple):
     radius: float
 
 
-def _height(lot, city):
-    """Metres, to the eaves."""
-    floors = city.floors
-    more = int(lot.tall ** 1.5 * (floors.most - floors.fewest + 1))
-    return floors.height * (floors.fewest + more)
-
-
-def _lots_around(scene, x, y):
-    """[(distance, Lot, its corners as seen from the camera, their distances)], nearest first."""
-    around = []
-    for lot in plan(scene)[0]:
-        if lot.outline.away(x, y) < FAR:
-            corners = [(px - x, py - y) for px, py in lot.outline.points]
-            (ax, ay), (bx, by) = corners[:2]
-            front = hypot((ax + bx) / 2, (ay + by) / 2)
-            away = [hypot(px, py) for px, py in corners]
-            around.append((min(*away, front), lot, corners, away))
-    return sorted(around, key=itemgetter(0))
-
-
 def _lots_in_sight(scene, x, y):
     """Things for the lots around a camera.
 
@@ -254,9 +242,17 @@ def _lots_in_sight(scene, x, y):
     all around.
     """
     city = CITIES[scene.city]
+    around = []  # (distance, Lot, its corners as seen from the camera, their distances)
+    for lot in plan(scene)[0]:
+        if lot.outline.away(x, y) < FAR:
+            corners = [(px - x, py - y) for px, py in lot.outline.points]
+            (ax, ay), (bx, by) = corners[:2]
+            front = hypot((ax + bx) / 2, (ay + by) / 2)
+            away = [hypot(px, py) for px, py in corners]
+            around.append((min(*away, front), lot, corners, away))
     tops = [0.0] * 180  # per direction, how far the lots rise: tangent above the horizon
-    for distance, lot, corners, away in _lots_around(scene, x, y):
-        height, outline = _height(lot, city), lot.outline
+    for distance, lot, corners, away in sorted(around, key=itemgetter(0)):
+        height, outline = _height(lot, city.floors), lot.outline
         mx, my = outline.centre[0] - x, outline.centre[1] - y
         turns = [atan2(mx * py - my * px, mx * px + my * py) for px, py in corners]
         first = degrees(atan2(my, mx) + min(turns)) / 2
@@ -272,6 +268,11 @@ def _lots_in_sight(scene, x, y):
             tops[k % 180] = max(tops[k % 180], (height - EYE) / max(away))
 
 
+def _paint_order(thing):
+    """From far to near; nothing stands before a sign within CLEAR, so such a one comes last."""
+    return isinstance(thing.subject, Sign) and thing.distance < CLEAR, -thing.distance
+
+
 @lru_cache(maxsize=64)
 def _things(scene, x, y):
     """The Things around a camera, in the order of painting."""
@@ -284,22 +285,7 @@ def _things(scene, x, y):
         distance = hypot(sign.x - x, sign.y - y)
         if distance < FAR:
             things.append(Thing(distance, _View.sign, sign, (sign.x, sign.y), 4))
-
-    def order(thing):  # nothing stands before a sign within CLEAR, so such a one comes last
-        return isinstance(thing.subject, Sign) and thing.distance < CLEAR, -thing.distance
-
-    return sorted(things, key=order)
-
-
-def _patches_in_sight(scene, x, y, fine):
-    """Patches near and large enough to be seen; `fine`: pixels to a metre at a metre's distance."""
-    patches = []
-    for patch in ground(scene):
-        radius = patch.outline.radius
-        away = patch.outline.away(x, y) - radius
-        if away < FAR and away * 3 < fine * radius:
-            patches.append(patch)
-    return patches
+    return sorted(things, key=_paint_order)
 
 
 # ---------------------------------------------------------------- the picture of four views
@@ -313,12 +299,10 @@ def grid(views, size):
 
     The order is the prompt's: the pictures of the official data are in another one.
     """
-    front, right, back, left = views
-    picture, second = Image.new("RGB", (size, size)), size - front.width
-    picture.paste(front, (0, 0))
-    picture.paste(right, (second, 0))
-    picture.paste(back, (0, second))
-    picture.paste(left, (second, second))
+    picture = Image.new("RGB", (size, size))
+    second = size - views[0].width
+    for view, place in zip(views, ((0, 0), (second, 0), (0, second), (second, second))):
+        picture.paste(view, place)
     return picture
 
 
@@ -339,13 +323,11 @@ def street_views(scene, x, y, heading, size):
         raise ValueError(f"size: {size} is under {MIN_SIZE} pixels")
     tile = view_size(size)
     backdrop, haze = _backdrop(scene.city, 2 * tile)
-    patches = _patches_in_sight(scene, x, y, tile / SPREAD)
     views = []
     for turn in (0, 90, 180, 270):
         view = _View(backdrop.copy(), scene, x, y, (heading + turn) % 360)
-        for patch in patches:
-            if view.sees(patch.outline.centre, patch.outline.radius):
-                view.patch(patch)
+        for patch in ground(scene):
+            view.patch(patch)
         view.image.paste(view.city.sky.horizon, (0, view.level), haze)
         for thing in _things(scene, x, y):
             if view.sees(thing.centre, thing.radius):

@@ -2,7 +2,6 @@
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import yaml
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -24,47 +23,28 @@ def _named(value):
     return value
 
 
-class Layer(NamedTuple):
-    """A shape of one colour; icons and trees are lists of them."""
-    colour: int  # which of the colours that `paint_glyph` gets
-    shape: str  # ellipse, polygon or rectangle
-    points: list  # (x, y) of the corners; of an ellipse: of its box
-
-
-def _glyph(text, colours):
-    """The Layers that a text of icons.yaml describes; `colours`: their names, in order."""
-    layers = []
-    for line in text.splitlines():
-        colour, shape, *numbers = line.split()
-        numbers = [float(number) for number in numbers]
-        points = list(zip(numbers[::2], numbers[1::2]))
-        layers.append(Layer(colours.index(colour), shape, points))
-    return layers
-
-
 def _read(name):
     return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
-_GLYPHS = _read("icons.yaml")
-ICONS = {name: _glyph(text, ("ink", "board")) for name, text in _GLYPHS["icons"].items()}
-TREES = {name: _glyph(text, ("leaf", "sunlit", "wood")) for name, text in _GLYPHS["trees"].items()}
+ICONS, TREES = _read("icons.yaml").values()
 CATEGORIES = tuple(ICONS)  # of landmarks
 CITIES = {city: _named(style) for city, style in _read("cities.yaml").items()}
 
 
-def paint_glyph(draw, glyph, x, y, unit, colours):
+def paint_glyph(draw, glyph, x, y, unit, **colours):
     """Paint an icon or a tree.
 
     Args:
         draw: PIL's ImageDraw; glyph: of ICONS or TREES.
         x, y: pixels, of the glyph's origin; unit: pixels to one of its units.
-        colours: of an icon: ink, board; of a tree: leaf, sunlit leaf, wood.
+        colours: of an icon: ink, board; of a tree: leaf, sunlit, wood.
     """
-    for layer in glyph:
-        points = [(x + unit * px, y + unit * py) for px, py in layer.points]
-        paint = getattr(draw, layer.shape)
-        paint(points, colours[layer.colour])
+    for colour, shape, *numbers in glyph:
+        corners = zip(numbers[::2], numbers[1::2])
+        points = [(x + unit * px, y + unit * py) for px, py in corners]
+        paint = getattr(draw, shape)
+        paint(points, colours[colour])
 
 
 @lru_cache(maxsize=64)
@@ -79,8 +59,7 @@ def _in_lines(words):
         return max(len(" ".join(words[:cut])), len(" ".join(words[cut:])))
 
     cut = min(range(len(words) + 1), key=longer)
-    lines = (" ".join(words[:cut]), " ".join(words[cut:]))
-    return [line for line in lines if line]
+    return [" ".join(line) for line in (words[:cut], words[cut:]) if line]
 
 
 @lru_cache(maxsize=256)
@@ -98,7 +77,7 @@ def _board(city, name, category):
     draw.rounded_rectangle((6, 6, 393, 385), inner, None, board.rim, 8, corners=corners)
 
     middle, unit = (138, 1.14) if name else (200, 1.4)
-    paint_glyph(draw, ICONS[category], 200, middle, unit, (board.ink, board.paper))
+    paint_glyph(draw, ICONS[category], 200, middle, unit, ink=board.ink, board=board.paper)
     text = name.upper() if letters.capitals else name
     lines = _in_lines(text.split())
     y = 314 if len(lines) == 1 else 288

@@ -92,11 +92,10 @@ class Road:
                 ts += [t + (t1 - t) * (edge - s) / (s1 - s) for t1, s1 in above]
         return (min(ts), max(ts)) if ts else None
 
-    def free(self, low, high, blocks):
-        """[(from, to)] in t where no block touches the band low <= s <= high.
-
-        A block is the convex hull of an Outline's points.
-        """
+    def free(self, side, near, far, blocks):
+        """[(from, to)] in t where no block touches the band from `near` to `far` metres on the
+        road's left (side 1) or right (-1). A block is the convex hull of an Outline's points."""
+        low, high = sorted((side * near, side * far))
         stretches = [self._taken(low, high, block) for block in blocks]
         taken = [stretch for stretch in stretches if stretch]
         start, clear = 0, []
@@ -105,10 +104,6 @@ class Road:
                 clear.append((start, a))
             start = max(start, b)
         return clear
-
-
-def _roads(scene):
-    return [Road(scene, edge) for edge in scene.edges]
 
 
 # ---------------------------------------------------------------- lots and trees
@@ -128,7 +123,7 @@ class Tree(NamedTuple):
 
 def _sight_lines(sign, roads):
     """Blocks between a sign and the stretches of road within CLEAR, from which it must be seen."""
-    around = tuple((sign.x + dx, sign.y + dy) for dx in (-3.2, 3.2) for dy in (-3.2, 3.2))
+    around = [(sign.x + dx, sign.y + dy) for dx in (-3.2, 3.2) for dy in (-3.2, 3.2)]
     for road in roads:
         t, s = road.frame((sign.x, sign.y))
         if abs(s) < CLEAR and -CLEAR < t < road.length + CLEAR:
@@ -141,14 +136,14 @@ def _sight_lines(sign, roads):
 def _cuts(start, end, draw):
     """Where a stretch is cut into lots of some 13 metres; one cut alone if it is too short."""
     count = round((end - start) / 13)
-    if count == 0 and end - start > 5:
-        count = 1
-    cuts = []
-    for k in range(count + 1):
+    if end - start > 5:
+        count = max(count, 1)
+    cuts = [start]
+    draw.random()  # unused: without it the lots of every scene would change
+    for k in range(1, count + 1):
         shift = draw.uniform(-0.3, 0.3)
-        if k == 0 or k == count:
-            shift = 0
-        cuts.append(start + (end - start) * (k + shift) / max(count, 1))
+        at = k + shift if k < count else k
+        cuts.append(start + (end - start) * at / count)
     return cuts
 
 
@@ -162,18 +157,13 @@ def _lots(road, side, start, end, draw):
         yield Lot(Outline(corners), draw.random(), draw.random())
 
 
-def _band(side, near, far):
-    """(low, high) in s from `near` to `far` metres on a road's left (side 1) or right (-1)."""
-    return (near, far) if side == 1 else (-far, -near)
-
-
 @lru_cache(maxsize=256)  # as many walks side by side
 def plan(scene):
     """(Lots, Trees) of a scene, the same in every city.
 
     None stands on a road or, seen from a road within CLEAR of a landmark, in front of it.
     """
-    roads = _roads(scene)
+    roads = [Road(scene, edge) for edge in scene.edges]
     blocks = []
     for road in roads:
         blocks.append(Outline(road.strip(-4, road.length + 4, -WALL - 0.2, WALL + 0.2)))
@@ -186,27 +176,23 @@ def plan(scene):
         reach = road.length / 2 + WALL + DEPTH
         close = [b for b in blocks if b is not own and b.away(x, y) < reach + b.radius]
         for side in (1, -1):
-            for start, end in road.free(*_band(side, WALL, WALL + DEPTH), close):
+            for start, end in road.free(side, WALL, WALL + DEPTH, close):
                 lots += _lots(road, side, start, end, draw)
                 built = road.strip(start, end, side * WALL, side * (WALL + DEPTH))
                 blocks.append(Outline(built))
-            for start, end in road.free(*_band(side, ROAD, WALL), close):
+            for start, end in road.free(side, ROAD, WALL, close):
                 for t in range(ceil(start) + 3, floor(end) - 2, 9):
                     trees.append(Tree(road.at(t, side * 6.6), draw.random(), draw.random()))
     return lots, trees
 
 
 # ---------------------------------------------------------------- what lies on the ground
-class Patch(NamedTuple):
+class Patch(Outline):
     """A polygon on the ground."""
-    colour: tuple
-    outline: Outline
 
-
-def _circle(centre, radius):
-    """The corners of a polygon of twelve."""
-    angles = [radians(a) for a in range(0, 360, 30)]
-    return [(centre[0] + radius * cos(a), centre[1] + radius * sin(a)) for a in angles]
+    def __init__(self, colour, points):
+        super().__init__(points)
+        self.colour = colour
 
 
 def _crossing_start(road, node, roads):
@@ -232,13 +218,13 @@ def _crossing(road, node, start, style):
     for k in range(style.bars):
         right = -4.7 + pitch * (k + 0.2)
         left = right + 0.6 * pitch
-        yield Patch(style.colour, Outline((
+        yield Patch(style.colour, (
             road.at(near, right - lean), road.at(near, left - lean),
-            road.at(far, left + lean), road.at(far, right + lean))))
+            road.at(far, left + lean), road.at(far, right + lean)))
     if style.framed:
         for edge in (start - 0.5, start + 3.5):
             t0, t1 = road.from_node(node, edge), road.from_node(node, edge + 0.5)
-            yield Patch(style.colour, Outline(road.strip(t0, t1, -4.7, 4.7)))
+            yield Patch(style.colour, road.strip(t0, t1, -4.7, 4.7))
 
 
 def _markings(road, roads, city):
@@ -254,21 +240,25 @@ def _markings(road, roads, city):
     t, end = ends[0] + 4.5, road.length - ends[1] - 4.5
     while t < end:
         dash = road.strip(t, min(t + city.line.dash, end), -0.14, 0.14)
-        yield Patch(city.line.colour, Outline(dash))
+        yield Patch(city.line.colour, dash)
         t += city.line.dash + city.line.gap
 
 
 @lru_cache(maxsize=256)  # as many walks side by side
 def ground(scene):
     """The Patches of a scene in the order of painting: pavements, kerbs, roadways, markings."""
-    city, roads, patches = CITIES[scene.city], _roads(scene), []
+    city = CITIES[scene.city]
+    roads = [Road(scene, edge) for edge in scene.edges]
+    patches = []
+    angles = [radians(a) for a in range(0, 360, 30)]  # intersections are polygons of twelve
     kerb = mix(city.ground.pavement, WHITE, 0.3)
     widths = ((WALL, city.ground.pavement), (KERB, kerb), (ROAD, city.ground.roadway))
     for half, colour in widths:
         for road in roads:
-            patches.append(Patch(colour, Outline(road.strip(0, road.length, -half, half))))
-        for node in scene.nodes:
-            patches.append(Patch(colour, Outline(_circle(node, half))))
+            patches.append(Patch(colour, road.strip(0, road.length, -half, half)))
+        for x, y in scene.nodes:
+            corners = [(x + half * cos(a), y + half * sin(a)) for a in angles]
+            patches.append(Patch(colour, corners))
     for road in roads:
         patches += _markings(road, roads, city)
     return patches

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from scenery import official as official_file
-from scenery import panoramas, routes, streets
+from scenery import panoramas, routes, styles
 
 COMPASS = "north northeast east southeast south southwest west northwest".split()
 TURNS = ["left", "right", "slightly left", "slightly right"]
@@ -229,7 +229,7 @@ def test_landmarks_stand_where_the_text_says():
             name, side = re.fullmatch(rf"{prefix}([A-Z].*) is on your (.*)", landmark).groups()
             place, kind = signs[name]
             assert name == route["route_results"]["landmark_list"][i] and name.endswith(kind)
-            assert kind in streets.CATEGORIES
+            assert kind in styles.CATEGORIES
             assert 7.95 < math.dist(b, place) < 14.05
             arrival = math.degrees(math.atan2(*between(a, b)))
             assert nearest(SIDES, between(b, place), arrival) == side
@@ -283,7 +283,7 @@ def test_splits_share_no_route_but_seen_and_train():
 
 
 def test_splits_lie_in_their_cities():
-    nine = list(streets.CITIES)
+    nine = list(styles.CITIES)
     assert nine[0] == "New York" and len(nine) == 9
     cities = {split: Counter(route["synthetic"]["city"] for route in official(split))
               for split in SIZES}

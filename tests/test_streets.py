@@ -23,7 +23,9 @@ from PIL import Image
 
 from scenery import streets, styles
 from scenery import town as plans
-from scenery.streets import CATEGORIES, CITIES, Scene, Sign, street_views
+from scenery.streets import street_views
+from scenery.styles import CATEGORIES, CITIES
+from scenery.town import Scene, Sign
 
 ROOT = Path(streets.__file__).resolve().parents[1]
 CACHES = [f for module in (styles, plans, streets) for f in vars(module).values()

@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gp import GeneralPoints
 from lib.settings import ROOT
 from scenery.cards import LINE, PAPER, RANKS, SUITS, TABLE, draw_card, draw_table
-from scenery.streets import CITIES, ICONS, Scene, Sign, font, paint_glyph, street_views
+from scenery.streets import street_views
+from scenery.styles import CITIES, ICONS, font, paint_glyph
+from scenery.town import Scene, Sign
 from virl import RULES, Navigation
 
 WHITE = (255, 255, 255)
@@ -90,7 +92,7 @@ def cities():
     for place, (category, icon) in enumerate(ICONS.items()):
         x = 540 + 152 * (place % 5)
         y = 1362 + 112 * (place // 5)
-        paint_glyph(draw, icon, x, y, 0.36, (INK, WHITE))
+        paint_glyph(draw, icon, x, y, 0.36, ink=INK, board=WHITE)
         draw.text((x, y + 50), category, INK, font(15), "mm")
     return sheet
 
