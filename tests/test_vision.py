@@ -680,7 +680,10 @@ def test_compute_with_pictures(make_policy, turns):
 # ---------------------------------------------------------------- one conversation, one picture
 def test_pack_joins_the_turns_about_one_picture():
     one, two = (Image.new("RGB", (9, 9), colour) for colour in ("white", "white"))
-    about = lambda image, *ids: Sequence(list(ids), [], image)  # noqa: E731
+
+    def about(image, *ids):
+        return Sequence(list(ids), [], image)
+
     turns = [
         (about(one, 1, 2), [3]),
         (about(one, 1, 2, 3, 4), [5, 6]),
