@@ -239,13 +239,13 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
     [
         ("middle", (), 16, 100, 2, None, "reading"),
         ("middle", (), 64, 20, 2, None, "reading"),
-        ("middle", (), 64, 4, 16, None, "sampling"),
-        ("wide", (), 32, 4, 40, None, "sampling"),
-        ("middle", (), 4, 200, 2, TALL, "reading"),
+        slow("middle", (), 64, 4, 16, None, "sampling"),
+        slow("wide", (), 32, 4, 40, None, "sampling"),
+        slow("middle", (), 4, 200, 2, TALL, "reading"),
         ("middle", (), 8, 20, 2, TALL, "encoding"),
-        ("wide", (), 2, 20, 2, SQUARE, "encoding"),
+        slow("wide", (), 2, 20, 2, SQUARE, "encoding"),
         ("middle", ("model.merge_for_sampling=true",), 16, 100, 2, None, "reading"),
-        ("middle", VISION, 4, 20, 2, TALL, "encoding"),
+        slow("middle", VISION, 4, 20, 2, TALL, "encoding"),
         slow("middle", DENSE32, 16, 50, 2, None, "reading"),
         slow("middle", FULL, 16, 100, 2, None, "reading"),
     ],
@@ -289,9 +289,9 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
 @pytest.mark.parametrize(
     "shape, rows, width, size, part, dominant",
     [
-        ("middle", 64, 100, None, 8, "reading"),
+        slow("middle", 64, 100, None, 8, "reading"),
         ("middle", 16, 100, None, 4, "reading"),
-        ("wide", 6, 60, SQUARE, 1, "reading"),
+        slow("wide", 6, 60, SQUARE, 1, "reading"),
         ("wide", 6, 20, SQUARE, 3, "reading"),
     ],
 )
@@ -321,12 +321,12 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
     "shape, overrides, rows, width, spans, answer, size, checkpointing, dominant",
     [
         ("middle", (), 4, 100, 1, 8, None, True, "backward"),
-        ("middle", (), 4, 200, 1, 4, None, True, "backward"),
+        slow("middle", (), 4, 200, 1, 4, None, True, "backward"),
         ("middle", (), 4, 20, 3, 20, None, True, ("scoring", "backward")),
         ("middle", (), 4, 100, 1, 8, None, False, ("scoring", "backward")),
-        ("middle", (), 2, 10, 3, 40, None, False, ("scoring", "backward")),
-        ("middle", (), 4, 100, 1, 8, TALL, True, "backward"),
-        ("wide", (), 2, 20, 1, 8, SQUARE, True, "backward"),
+        slow("middle", (), 2, 10, 3, 40, None, False, ("scoring", "backward")),
+        slow("middle", (), 4, 100, 1, 8, TALL, True, "backward"),
+        slow("wide", (), 2, 20, 1, 8, SQUARE, True, "backward"),
         slow("wide", (), 2, 20, 1, 8, SQUARE, False, ("scoring", "backward")),
         slow("middle", DENSE32, 4, 100, 1, 8, None, True, "backward"),
         slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
@@ -403,6 +403,7 @@ def test_adapters_of_the_11b():
     assert free["start of the KL penalty"] == 0
 
 
+@pytest.mark.slow
 def test_caches_of_the_11b():
     """131 kB of keys and values per token of 32 layers; 0.21 GB per sequence that looks at 4 tiles
     of 1601 patches. Beside
@@ -415,13 +416,22 @@ def test_caches_of_the_11b():
     assert 1 < sampling / caches < 1.25
 
 
+NOT_CHECKPOINTED = (
+    "model.gradient_checkpointing=false",
+    "ppo.micro_tokens=1024",
+    "sft.micro_tokens=1024",
+)
+
+
 @pytest.mark.parametrize(
-    "name, gib", [("gp_l", 16), ("gp_vl", 22), ("virl_l", 22), ("virl_vl", 22)]
+    "name, gib", [("gp_l", 16), slow("gp_vl", 22), slow("virl_l", 22), slow("virl_vl", 22)]
 )
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("model.gradient_checkpointing=false", "ppo.micro_tokens=1024", "sft.micro_tokens=1024")],
-    ids=["checkpointed", "not"],
+    [
+        pytest.param((), id="checkpointed"),
+        pytest.param(NOT_CHECKPOINTED, id="not", marks=pytest.mark.slow),
+    ],
 )
 def test_shipped_configurations_fit(name, gib, overrides):
     cfg, *_ = load([str(LARGE / f"{name}.yaml"), *overrides])
@@ -434,14 +444,14 @@ def test_shipped_configurations_fit(name, gib, overrides):
 @pytest.mark.parametrize(
     "change, phase",
     [
-        ("ppo.envs=16", "rl.py rollout"),
+        slow("ppo.envs=16", "rl.py rollout"),
         ("model.sample_tokens=4096", "rl.py rollout"),
-        ("eval.batch_size=8", "eval.py"),
-        ("lora.r=4", "sft.py"),
+        slow("eval.batch_size=8", "eval.py"),
+        slow("lora.r=4", "sft.py"),
         ("ppo.micro_tokens=512", "rl.py update"),
-        ("sft.micro_tokens=512", "sft.py"),
-        ("env.image_size=null", "rl.py rollout"),
-        ("ppo.kl_coef=0", "rl.py update"),
+        slow("sft.micro_tokens=512", "sft.py"),
+        slow("env.image_size=null", "rl.py rollout"),
+        slow("ppo.kl_coef=0", "rl.py update"),
     ],
 )
 def test_less_of_anything_needs_less(change, phase):
@@ -470,6 +480,7 @@ def main(capsys, *arguments):
     return stopped.value.code, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gated_model_is_planned_without_a_download():
     code, out, err = script(LARGE / "gp_vl.yaml")
     assert code == 0 and not err, err
@@ -478,6 +489,7 @@ def test_a_gated_model_is_planned_without_a_download():
     assert "model.memory=24 less 1" in out
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_names_keys_that_make_it_fit(capsys):
     overrides = (
         *SIZES,
