@@ -106,9 +106,10 @@ def shape_of(model):
     key, folder = "path", find_model(model.path)
     if model.random_init or not os.path.isdir(folder):
         key, folder = "shape", find_model(model.shape)
-    for name in ("config.json", "preprocessor_config.json"):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise UserError(f"model.{key}: no {name} in {getattr(model, key)!r}")
+    files = os.listdir(folder) if os.path.isdir(folder) else []
+    for kind in (("config.json",), ("preprocessor_config.json", "processor_config.json")):
+        if not any(name in files for name in kind):  # transformers writes either of the latter
+            raise UserError(f"model.{key}: no {kind[0]} in {getattr(model, key)!r}")
     return f"model.{key}", folder
 
 
