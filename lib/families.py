@@ -91,6 +91,7 @@ class CrossAttention:
         return tiles * patches
 
     def text_inputs(self, ids, mask, features):
+        """TextInputs of prompts (B, T): image states beside the text, a mask for unused tiles."""
         states = [states for states, in features]
         tiles = torch.tensor([len(s) for s in states], device=ids.device)
         most = max(len(s) for s in states)
@@ -158,6 +159,7 @@ class Inline:
         return grid.prod().item()
 
     def text_inputs(self, ids, mask, features):
+        """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
         embeddings, grids, *deeper = zip(*features)
         is_image = ids == self.image_token  # (B, T)
         embedded = self.model.get_input_embeddings()(ids)  # (B, T, C)

@@ -95,6 +95,7 @@ def measure_sft(record, policy, cfg):
 
 
 def measure_ppo(record, policy, cfg, turns):
+    """One rollout and one update of rl.py: seconds and peaks, into the record."""
     device = policy.device
     ppo = changed(cfg.ppo, turns=turns)
     iteration = Iteration(policy, cfg)
@@ -114,6 +115,7 @@ def measure_ppo(record, policy, cfg, turns):
 
 
 def measure_rollout(record, policy, cfg, rows):
+    """One batch of first attempts: seconds to prefill and per step, tokens/s, peak."""
     env = make_env(cfg.env, cfg.ppo.verify_iters)
     seeds = islice(training_seeds(cfg.run.seed), rows)
     prompts = policy.encode([env.reset(seed)[0] for seed in seeds])
@@ -176,6 +178,7 @@ class Log:
 
 
 def measure_all(log, name, cfg, options, device):
+    """Everything of one configuration, until its time is up."""
     end = perf_counter() + options.seconds
     free_memory()  # of the policy before this one
     reset_peak(device)
