@@ -27,7 +27,7 @@ from pathlib import Path
 import yaml
 
 from lib.checks import INF
-from lib.settings import MAY_CHANGE, UserError
+from lib.settings import MAY_CHANGE, UserError, with_defaults
 
 ARM_SECTIONS = {  # what shapes each arm
     "sft": ("env", "model", "lora", "sft"),
@@ -79,6 +79,7 @@ class Run:
         write_atomic(path, yaml.safe_dump(settings, sort_keys=False))
 
     def _compare(self, old, new):
+        old, new = with_defaults(old), with_defaults(new)  # a run may be older than a key
         for key in sorted(set(old) | set(new)):
             if old.get(key) != new.get(key) and key not in MAY_CHANGE:
                 raise UserError(f"{self.dir} holds a run with {key} = {old.get(key)}, not "

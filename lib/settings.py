@@ -93,6 +93,9 @@ SCHEMA = {
     "run.dir": text,
     "run.seed": whole(0, MAX_SEED),
 }
+# Keys that came after the first runs, each with the value that means "as before": a YAML may leave
+# them out, and a run that was begun without them continues under these.
+DEFAULTS = {}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")
@@ -209,11 +212,20 @@ def _check_section(section, given):
     prefix = section + "."
     schema = {name.removeprefix(prefix): accepts for name, accepts in SCHEMA.items()
               if name.startswith(prefix)}
-    clean = check_settings(checked(section, given, mapping), schema, prefix)
+    complete = with_defaults(checked(section, given, mapping), prefix)
+    clean = check_settings(complete, schema, prefix)
     for key in schema:
-        if key not in given:
+        if key not in complete:
             raise ValueError(f"{section}.{key} is missing")
     return clean
+
+
+def with_defaults(settings, prefix=""):
+    """Settings of a YAML or a run, plus those keys of DEFAULTS under the prefix ("ppo.") that they
+    lack: they may be older than the key."""
+    newer = {name.removeprefix(prefix): value for name, value in DEFAULTS.items()
+             if name.startswith(prefix)}
+    return {**newer, **settings}
 
 
 def _check_together(clean):

@@ -6,7 +6,9 @@ import signal
 import threading
 
 import pytest
+import yaml
 
+from lib import settings
 from lib.runs import Run, arm_name, checkpoints, written_whole
 from lib.settings import UserError, check, override
 
@@ -44,10 +46,10 @@ def open_run(raw, tmp_path):
     raw["run"]["dir"] = str(tmp_path)
 
     def opened(script, changes=(), overrides=()):
-        settings = copy.deepcopy(raw)
+        changed = copy.deepcopy(raw)
         for change in (*changes, *overrides):
-            override(settings, change)
-        return Run(script, check(settings), list(overrides))
+            override(changed, change)
+        return Run(script, check(changed), list(overrides))
 
     return opened
 
@@ -102,6 +104,21 @@ def test_what_does_not_shape_the_arm_may_change(open_run, script, own, other):
     changes = [f"{other}.lr=0.7", f"{own}.save_every=3"]
     changes += ["model.device=auto", "model.sample_tokens=64"]
     assert open_run(script, changes).step == 1
+
+
+def test_run_that_is_older_than_a_key_continues_under_its_default(open_run, monkeypatch):
+    run = open_run("rl")
+    save(run, 1, True)
+    settings_then = yaml.safe_load((run.dir / "config.yaml").read_text())
+    del settings_then["ppo"]["clip"], settings_then["env"]["replacement"]
+    (run.dir / "config.yaml").write_text(yaml.safe_dump(settings_then))
+    with pytest.raises(UserError, match="env.replacement = None"):
+        open_run("rl")
+    monkeypatch.setitem(settings.DEFAULTS, "ppo.clip", 0.1)
+    monkeypatch.setitem(settings.DEFAULTS, "env.replacement", False)
+    assert open_run("rl").step == 1
+    with pytest.raises(UserError, match="ppo.clip = 0.1, not 0.3"):
+        open_run("rl", ["ppo.clip=0.3"])
 
 
 @pytest.mark.parametrize("text", [b"", b"- a", b"lora: [", b"\xff\xfe\x00\x80"])

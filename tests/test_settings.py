@@ -91,6 +91,22 @@ def test_missing_key_or_section_is_named(raw):
                 check({**raw, section: others})
 
 
+def test_newer_key_may_be_left_out(raw, monkeypatch):
+    """It then has the value that means "as before"; one that is given counts."""
+    monkeypatch.setitem(config.DEFAULTS, "ppo.clip", 0.25)
+    assert check(raw)["ppo"]["clip"] == 0.1
+    del raw["ppo"]["clip"]
+    assert check(raw)["ppo"]["clip"] == 0.25
+    config.override(raw, "ppo.clip=0.5")
+    assert check(raw)["ppo"]["clip"] == 0.5
+
+
+def test_defaults_are_of_known_keys_and_accepted():
+    for name, value in config.DEFAULTS.items():
+        if not name.startswith("env."):
+            config.checked(name, value, config.SCHEMA[name])
+
+
 @pytest.mark.parametrize(
     "override, words",
     [
