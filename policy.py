@@ -216,7 +216,13 @@ class Policy:
         return answers
 
     def _choose(self, logits, temperature, generator):
-        """Sampled or likeliest tokens (N,) and their log-probs (N,), from logits (N, V)."""
+        """Sampled or likeliest tokens (N,) and their log-probs (N,), from logits (N, V).
+
+        Raises: UserError if the logits are not finite.
+        """
+        if not logits.amax(-1).isfinite().all():  # on a GPU, multinomial would end the process
+            raise UserError("the policy has no finite logits to sample from; if it was trained, "
+                            "lower sft.lr or ppo.lr (the last checkpoint is intact)")
         if temperature:
             probabilities = torch.softmax(logits / temperature, -1)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

@@ -204,6 +204,14 @@ def test_rows_of_the_output_layer_without_a_token_are_never_sampled(policy, prom
     assert len(set(ids)) > 100 and max(ids) < len(policy.tokenizer)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_not_finite_are_a_user_error(make_policy, prompts, temperature):
+    policy = make_policy()
+    next(iter(policy.trainable.values())).data.fill_(float("nan"))
+    with pytest.raises(UserError, match="finite logits"):
+        policy.sample(prompts, temperature, torch.Generator().manual_seed(0))
+
+
 def test_compute_is_counted_as_in_the_paper(make_policy, turns):
     """2 N per token read or sampled (the last token of an answer is never read), 6 N per trained
     token.
