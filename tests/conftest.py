@@ -7,10 +7,13 @@ python -m pytest tests --slow     all of them
 """
 
 import copy
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower for models this small
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "mini" / "gp_l.yaml"
