@@ -12,16 +12,18 @@ penalty to the start, rewards scaled before GAE. SFT and PPO of one seed draw th
 ungraded answer is sampled beyond the budget of attempts; nothing leaks across an episode's end.
 
 Logged per update (metrics.jsonl):
-  reward (mean per answer, paper's points), success (share of finished episodes solved),
-  first_attempt (share of first attempts that are right), per_step (of all answers), recognition
-  (share of first attempts that report the right observation), answers (category shares),
-  kl_old (mean of ratio - 1 - log ratio over answers: KL(old || policy), prefix weighted),
-  kl_start (half the squared log-ratio to the start, summed over an answer), clip_fraction (of
-  ratios), entropy (nats per token), explained_variance (of returns by values), value_loss (mean
-  square), ratio_gap (mean |ratio - 1| before the first step), sampler_gap (the same between what
-  was sampled and the old log-probs, which 16 bits make anew), grad_norm (before clipping; without
-  the value head, which is not clipped), tokens, gflops (so far, paper's formulas, Init included),
-  seconds, peak_memory_gib.
+  reward (mean per answer, paper's points), success (share of hands, or positions, solved within the
+  attempts allowed), first_attempt (share of first attempts that are right), per_step (of all
+  answers), recognition (share of first attempts that report the right observation), answers
+  (category shares), all as if each hand were played to its end (rollout.outcome); spread (of the
+  advantages, before they are normalised), steps (of the optimiser), stopped (the key that ended
+  the update early, or null), kl_old (mean of ratio - 1 - log ratio over answers: KL(old || policy),
+  prefix weighted), kl_start (half the squared log-ratio to the start, summed over an answer),
+  clip_fraction (of ratios), entropy (nats per token), explained_variance (of returns by values),
+  value_loss (mean square), ratio_gap (mean |ratio - 1| before the first step), sampler_gap (the
+  same between what was sampled and the old log-probs, which 16 bits make anew), grad_norm (before
+  clipping; without the value head, which is not clipped), tokens, gflops (so far, paper's formulas,
+  Init included), seconds, peak_memory_gib.
 """
 import time
 from collections import Counter
@@ -35,7 +37,8 @@ from lib.runs import Run
 from lib.settings import UserError, load, run_main, within_memory
 from lib.training import (
     Batch, answer_logprobs, clipped_step, load_checkpoint, load_state, ppo_statistics,
-    save_checkpoint, seeded, set_learning_rates, spent, token_weights)
+    normalized, save_checkpoint, seeded, set_learning_rates, spent, spread_of, token_weights,
+    too_far)
 from policy import Policy
 from rollout import Play, collect, make_env, outcome, training_seeds, transcript
 
@@ -94,7 +97,7 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
         weights: (A,) of the tokens' log-probs in the ratio of their turn: see token_weights.
         turn_of: (A,) which of the S turns a token belongs to, 0..S-1.
         advantages, values, returns: (S,). entropy: (A,) of the policy at each token, nats.
-        ppo: cfg.ppo: ratio ("turn" or "token"), clip, value_coef, entropy_coef, kl_coef.
+        ppo: cfg.ppo: ratio ("turn" or "token"), clip, max_ratio and the coefficients.
         size: of the minibatch: size.turns, size.tokens.
     Returns: scalar loss; dict of sums over the micro-batch (numbers), for the log.
     """
@@ -122,7 +125,8 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
             "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
             "entropy": turn_entropy.sum().item(), "clipped": clipped.item(),
             "kl_old": (ratio - 1 - turn_log_ratio).sum().item(), "kl_start": kl_start.item(),
-            "ratio_gap": (ratio - 1).abs().sum().item()}
+            "ratio_gap": (ratio - 1).abs().sum().item(),
+            "exploded": (ratio > ppo.max_ratio).sum().item()}
     return loss / size.turns, sums
 
 
@@ -138,10 +142,11 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
     Args: turns: S Turns; advantages, returns: (S,); key: the environment's answer_key;
         start: weights of the start policy (Policy.snapshot), None without a KL penalty.
     """
-    if ppo.normalize_advantages and len(turns) > 1:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    spread = spread_of(advantages)
+    if ppo.normalize_advantages:
+        advantages = normalized(advantages, ppo.min_spread)
     weights = [token_weights(policy, turn, key, ppo.prefix_weight) for turn in turns]
-    batch = Batch(turns, sequences_of(turns, ppo.envs), advantages, returns, weights)
+    batch = Batch(turns, sequences_of(turns, ppo.envs), advantages, returns, weights, spread)
     if policy.exact:
         batch.old = batch.sampled
     else:  # 16 bits sample and score differently: the ratio must start at 1 (paper's code: too)
@@ -153,18 +158,24 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
 
 
 def update(policy, optimizer, batch, ppo, generator):
-    """PPO epochs over a batch, each in its own order. Returns: statistics, see the glossary."""
+    """PPO epochs over a batch, each in its own order, unless the policy moves too far.
+
+    Returns: statistics, see the glossary.
+    """
     steps = []
     for _ in range(ppo.epochs):
         order = torch.randperm(len(batch.packed), generator=generator).tolist()
         for minibatch in minibatches([batch.packed[i] for i in order], ppo.minibatch):
             steps.append(minibatch_step(policy, optimizer, batch, minibatch, ppo))
+            if steps[-1]["stopped"]:
+                return ppo_statistics(batch, steps)
     return ppo_statistics(batch, steps)
 
 
 def minibatch_step(policy, optimizer, batch, minibatch, ppo):
-    """One optimiser step, a micro-batch at a time. Returns: sums of `ppo_loss`, and grad_norm.
+    """One optimiser step, a micro-batch at a time; none if the policy has moved too far.
 
+    Returns: sums of `ppo_loss`; grad_norm; stopped: the key that forbids the step, or None.
     Raises: UserError if the loss or its gradient is not finite, before the weights change.
     """
     size = batch.size(minibatch)
@@ -179,6 +190,9 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
             returns=known.returns, entropy=scored["entropy"], ppo=ppo, size=size)
         loss.backward()
         sums.update(part)
+    sums["stopped"] = too_far(sums, ppo)
+    if sums["stopped"]:
+        return sums
     total = sums["policy_loss"] + sums["value_loss"]
     sums["grad_norm"] = clipped_step(policy, optimizer, ppo.max_grad_norm, total,
                                      "the PPO loss is not finite; lower ppo.lr or ppo.value_lr")
@@ -203,7 +217,7 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
-    play = Play(envs, training_seeds(cfg.run.seed))
+    play = Play(envs, training_seeds(cfg.run.seed), spread=True)
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = start_policy(cfg)
         start = policy.snapshot() if ppo.kl_coef else None
@@ -214,6 +228,9 @@ def main(arguments):
         if run.last is not None:
             state = load_checkpoint(run.last, policy, optimizer)
             play.restore(state["play"])
+        else:
+            play.warm_up(policy, ppo.verify_iters - 1, ppo.temperature,
+                         seeded(policy.device, "warm up", cfg.run.seed))
 
     steps = range(run.step, ppo.updates)
     bar = tqdm(steps, initial=run.step, total=ppo.updates, unit="update", disable=None)

@@ -131,6 +131,7 @@ class Turn:
 class Episode:
     """One under way."""
     seed: int
+    progress: float  # where along its positions it began: see Environment.reset
     observation: dict  # to be answered next
     answers: list  # texts given so far
 
@@ -138,24 +139,27 @@ class Episode:
 class Play:
     """N environments side by side, in lock-step; after an episode's end comes the next seed's.
 
-    Args: envs: N environments; seeds: iterator of episode seeds, endless for training.
+    Args:
+        envs: N environments. seeds: iterator of episode seeds, endless for training.
+        spread: the first episodes begin evenly spread along their positions, as for training: in
+            step, all walks would be at their start in the first update, and in the same streets.
     Attributes: episodes: N Episodes, None where the seeds have run out.
     """
 
-    def __init__(self, envs, seeds):
+    def __init__(self, envs, seeds, spread=False):
         self.envs = envs
         self.seeds = seeds
         self.episodes = [None] * len(envs)
         for slot in range(len(envs)):
-            self._begin(slot)
+            self._begin(slot, progress=slot / len(envs) if spread else 0.0)
 
-    def _begin(self, slot):
+    def _begin(self, slot, progress=0.0):
         """The next seed's episode, if there is a next seed."""
         seed = next(self.seeds, None)
         self.episodes[slot] = None
         if seed is not None:
-            observation, _ = self.envs[slot].reset(seed)
-            self.episodes[slot] = Episode(seed, observation, [])
+            observation, _ = self.envs[slot].reset(seed, progress)
+            self.episodes[slot] = Episode(seed, progress, observation, [])
 
     def answer_all(self, policy, temperature, generator):
         """Every environment that has an episode gets one answer.
@@ -183,6 +187,13 @@ class Play:
             self._begin(slot)
         return turn
 
+    def warm_up(self, policy, turns, temperature, generator):
+        """Turns that nothing is learned from: with verify_iters - 1 of them the first update meets
+        every attempt, as all others do."""
+        with policy.inference():
+            for _ in range(turns):
+                self.answer_all(policy, temperature, generator)
+
     def unfinished(self):
         """Slots whose episode is under way: at least one answer given, not yet ended."""
         open_slots = [slot for slot, episode in enumerate(self.episodes) if episode is not None]
@@ -198,19 +209,21 @@ class Play:
         return values
 
     def state(self):
-        """What resumes this: the next seed, and of each episode its seed and answers so far."""
+        """What resumes this: the next seed; seed, answers so far and progress of each episode."""
         self.seeds, peek = itertools.tee(self.seeds)
         episodes = [(episode.seed, list(episode.answers)) for episode in self.episodes]
-        return {"next": next(peek), "episodes": episodes}
+        progress = [episode.progress for episode in self.episodes]
+        return {"next": next(peek), "episodes": episodes, "progress": progress}
 
     def restore(self, state):
         """Replay the answers of a saved state; everything else follows from the seeds."""
         self.seeds = itertools.count(state["next"])
+        began = state.get("progress", [0.0] * len(self.envs))  # older runs: all at their start
         for slot, (seed, answers) in enumerate(state["episodes"]):
-            observation, _ = self.envs[slot].reset(seed)
+            observation, _ = self.envs[slot].reset(seed, began[slot])
             for answer in answers:
                 observation, *_ = self.envs[slot].step(answer)
-            self.episodes[slot] = Episode(seed, observation, list(answers))
+            self.episodes[slot] = Episode(seed, began[slot], observation, list(answers))
 
 
 def training_seeds(run_seed):
@@ -245,16 +258,44 @@ def collect(policy, play, turns, temperature, generator, progress):
 
 
 def outcome(turns):
-    """What the verifier saw in a rollout: see rl.py's glossary. None where nothing was counted."""
-    ended = [turn.solved for turn in turns if turn.done]
-    first_attempts = [turn.info for turn in turns if turn.info["attempt"] == 1]
-    categories = Counter(turn.info["category"] for turn in turns)
-    return {"reward": _mean([turn.reward for turn in turns]),
-            "success": _mean(ended),
+    """What the verifier saw in a rollout: see rl.py's glossary. None where nothing was counted.
+
+    A rollout cuts hands and walks off anywhere, and those that fail take longer: shares of the
+    hands that happen to end, or of its answers as they come, change from update to update though
+    the policy stays the same. So attempts are weighted: see `attempt_shares`.
+    """
+    attempts = {}  # number of the attempt -> its Turns
+    for turn in turns:
+        attempts.setdefault(turn.info["attempt"], []).append(turn)
+    first_attempts = [turn.info for turn in attempts.get(1, [])]
+    answers = reward = solved = 0
+    categories = Counter()
+    for attempt, share in attempt_shares(attempts).items():
+        weight = share / len(attempts[attempt])  # of one answer
+        for turn in attempts[attempt]:
+            answers += weight
+            reward += weight * turn.reward
+            solved += weight * turn.info["correct"]
+            categories[turn.info["category"]] += weight
+    return {"reward": reward / answers,
+            "success": solved,
             "first_attempt": _mean([info["correct"] for info in first_attempts]),
-            "per_step": _mean([turn.info["correct"] for turn in turns]),
+            "per_step": solved / answers,
             "recognition": _mean([info["recognized"] for info in first_attempts]),
-            "answers": {name: round(n / len(turns), 4) for name, n in categories.most_common()}}
+            "answers": {name: round(n / answers, 4) for name, n in categories.most_common()}}
+
+
+def attempt_shares(attempts):
+    """How many of the positions begun come to each attempt: all to the first, then those not solved
+    by the one before (Kaplan and Meier's estimate, which does not mind what is cut off).
+
+    Args: attempts: {number: its Turns}. Returns: {number: share of the positions}, in order.
+    """
+    shares, left = {}, 1.0
+    for attempt, turns in sorted(attempts.items()):
+        shares[attempt] = left
+        left *= 1 - _mean([turn.info["correct"] for turn in turns])
+    return shares
 
 
 def transcript(turn):

@@ -79,13 +79,13 @@ def main(arguments):
             load_checkpoint(run.last, policy, optimizer)
 
     seeds = itertools.islice(training_seeds(cfg.run.seed), run.step * sft.batch_size, None)
-    warmup = round(sft.warmup * sft.steps)
     steps = range(run.step, sft.steps)
     bar = tqdm(steps, "SFT", initial=run.step, total=sft.steps, unit="step", disable=None)
     with run.stoppable("step"), bar:
         for step in bar:
             began, tokens_before = time.time(), policy.tokens["train"]
-            set_learning_rates(optimizer, (sft.lr,), step, sft.steps, sft.schedule, warmup)
+            set_learning_rates(optimizer, (sft.lr,), step, sft.steps, sft.schedule,
+                               sft.warmup)
             batch = sft_batch(policy, env, itertools.islice(seeds, sft.batch_size), sft.mistakes)
             with within_memory("training", cfg, "sft.micro_tokens",
                                "model.gradient_checkpointing=true"):

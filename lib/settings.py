@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from lib.checks import (check_settings, checked, choice, flag, list_of, mapping, mapping_of,
+from lib.checks import (INF, check_settings, checked, choice, flag, list_of, mapping, mapping_of,
                         nearest, number, text, whole)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ SCHEMA = {
     "sft.micro_tokens": whole(1),
     "sft.lr": number(0, 1),
     "sft.schedule": choice("cosine", "constant"),
-    "sft.warmup": number(0, 1),
+    "sft.warmup": whole(0),
     "sft.weight_decay": number(0, 1),
     "sft.max_grad_norm": number(0),
     "sft.mistakes": whole(0, 100),
@@ -68,11 +68,14 @@ SCHEMA = {
     "ppo.adam_eps": number(0, 1),
     "ppo.max_grad_norm": number(0),
     "ppo.clip": number(0, 10),
+    "ppo.max_ratio": number(1),
+    "ppo.target_kl": number(0),
     "ppo.ratio": choice("turn", "token"),
     "ppo.prefix_weight": number(0, 1),
     "ppo.gamma": number(0, 1),
     "ppo.lam": number(0, 1),
     "ppo.normalize_advantages": flag,
+    "ppo.min_spread": number(0),
     "ppo.reward_scale": number(0),
     "ppo.value_coef": number(0),
     "ppo.value_hidden": list_of(whole(1, 100_000)),
@@ -95,7 +98,7 @@ SCHEMA = {
 }
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
-DEFAULTS = {}
+DEFAULTS = {"ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

@@ -100,9 +100,13 @@ def ppo_statistics(batch, steps):
     """
     total = Counter()
     for step in steps:
-        total.update(step)
+        total.update({name: number for name, number in step.items() if name != "stopped"})
     turns = total["turns"]
-    return {"kl_old": total["kl_old"] / turns,
+    taken = len(steps) - 1 if steps[-1]["stopped"] else len(steps)
+    return {"spread": batch.spread,
+            "steps": taken,
+            "stopped": steps[-1]["stopped"],
+            "kl_old": total["kl_old"] / turns,
             "kl_start": total["kl_start"] / turns,
             "clip_fraction": total["clipped"] / total["ratios"],
             "entropy": total["entropy"] / turns,
@@ -110,7 +114,7 @@ def ppo_statistics(batch, steps):
             "value_loss": total["value_loss"] / turns,
             "ratio_gap": steps[0]["ratio_gap"] / steps[0]["turns"],
             "sampler_gap": sampler_gap(batch),
-            "grad_norm": total["grad_norm"] / len(steps)}
+            "grad_norm": total["grad_norm"] / max(1, taken)}
 
 
 def explained_variance(returns, values):
@@ -128,6 +132,31 @@ def sampler_gap(batch):
 
 
 # ---------------------------------------------------------------- PPO's tensors
+def spread_of(advantages):
+    """Standard deviation of (S,) advantages; 0 of a single one."""
+    return advantages.std().item() if len(advantages) > 1 else 0.0
+
+
+def normalized(advantages, min_spread):
+    """Advantages (S,) with mean 0 and standard deviation 1; 0 where they spread less than
+    min_spread: dividing would blow noise up, and Adam's steps do not shrink with their gradient."""
+    if spread_of(advantages) <= min_spread:
+        return torch.zeros_like(advantages)
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def too_far(sums, ppo):
+    """The key that ends an update since its policy has moved too far from the old one, or None.
+
+    Args: sums: of a minibatch, see rl.ppo_loss.
+    """
+    if sums["exploded"]:
+        return "ppo.max_ratio"
+    if sums["kl_old"] / sums["turns"] > ppo.target_kl:
+        return "ppo.target_kl"
+    return None
+
+
 class Size(NamedTuple):
     """Of a minibatch."""
     turns: int
@@ -151,6 +180,7 @@ class Batch:
     advantages: torch.Tensor  # (S,)
     returns: torch.Tensor  # (S,)
     weights: list  # S x (A_i,) of the tokens' log-probs in the ratio of their turn
+    spread: float  # of the advantages, before they were normalised
     old: list = None  # S x (A_i,) log-probs before the update
     start: list = None  # S x (A_i,) log-probs under the start policy, None without a KL penalty
 

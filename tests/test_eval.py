@@ -301,6 +301,28 @@ def test_tables_resume_between_positions(toy):
         assert turn(one) == turn(two)
 
 
+def test_training_begins_spread_along_the_walks(toy):
+    """Four walks begin at their start, a quarter, half and three quarters of the way, those after
+    them at their start; a continued run begins them where it did.
+    """
+
+    def walks():
+        return [make_env({**toy, "longest": 20}, 2) for _ in range(4)]
+
+    policy, play = Walker(), Play(walks(), iter(range(100)), spread=True)
+    assert [env.at for env in play.envs] == [int(i / 4 * len(play.envs[i].rail)) for i in range(4)]
+    assert sum(env.at > 0 for env in play.envs) >= 2
+    play.warm_up(policy, 1, 0, None)
+    state = json.loads(json.dumps(play.state()))
+    again = Play(walks(), iter(range(100)))
+    again.restore(state)
+    for _ in range(20):
+        played = [play.answer_all(policy, 0, None), again.answer_all(policy, 0, None)]
+        assert [t.text for t in played[0]] == [t.text for t in played[1]]
+        assert [t.seed for t in played[0]] == [t.seed for t in played[1]]
+    assert all(e.progress == 0 for e in play.episodes if e.seed > 3)
+
+
 # ---------------------------------------------------------------- the table
 @pytest.fixture
 def main(tmp_path, monkeypatch):

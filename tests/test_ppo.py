@@ -3,6 +3,7 @@ out by hand.
 """
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,10 @@ import rl
 from eval import cluster_weights, differences, interval
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
-from lib.training import Batch, Size, learning_rate, token_weights
+from lib.training import Batch, Size, learning_rate, normalized, token_weights
 from policy import token_logprobs
 from rl import clipped_surrogate, gae, ppo_loss
-from rollout import Play, Rollout, collect, make_env, training_seeds
+from rollout import Play, Rollout, collect, make_env, outcome, training_seeds
 
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 T, F = True, False
@@ -162,7 +163,14 @@ def by_hand():
 
 
 def coefficients(**changes):
-    off = {"ratio": "turn", "clip": 0.1, "value_coef": 0, "entropy_coef": 0, "kl_coef": 0}
+    off = {
+        "ratio": "turn",
+        "clip": 0.1,
+        "max_ratio": 1.4,
+        "value_coef": 0,
+        "entropy_coef": 0,
+        "kl_coef": 0,
+    }
     return SimpleNamespace(**{**off, **changes})
 
 
@@ -192,6 +200,7 @@ def test_ppo_loss_by_hand():
             "kl_start": 0.07,
             "kl_old": 0.5 - math.log(1.5) - 0.2 - math.log(0.8),
             "ratio_gap": 0.5 + 0.2,
+            "exploded": 1,
         },
         rel=1e-4,
     )
@@ -333,7 +342,9 @@ def test_batch_by_hand():
         )
         for slot in range(3)
     ]
-    ppo = SimpleNamespace(envs=3, normalize_advantages=True, prefix_weight=0.5, kl_coef=0)
+    ppo = SimpleNamespace(
+        envs=3, normalize_advantages=True, min_spread=0.01, prefix_weight=0.5, kl_coef=0
+    )
     advantages, returns = torch.tensor([1.0, 2, 3]), torch.tensor([4.0, 5, 6])
     batch = rl.prepare(reader("a", "key"), turns, advantages, returns, ppo, "key", None)
     targets = batch.targets([batch.packed[2], batch.packed[0]], "cpu")
@@ -342,11 +353,20 @@ def test_batch_by_hand():
     close(targets.old, [-3, -4, -1, -2])
     close(targets.weights, [0.5, 1, 0.5, 1])
     assert targets.start is None and batch.size(batch.packed) == (3, 6)
+    assert batch.spread == 1
     ppo.normalize_advantages = False
     close(
         rl.prepare(reader("a", "key"), turns, advantages, returns, ppo, "key", None).advantages,
         [1, 2, 3],
     )
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.009])
+def test_advantages_that_are_all_alike_count_as_none(spread):
+    alike = 0.5 + spread * torch.tensor([-1.0, 0, 1])  # their standard deviation is `spread`
+    close(normalized(alike, min_spread=0.01), [0, 0, 0])
+    close(normalized(torch.tensor([3.0]), min_spread=0.0), [0])  # nor can a single one differ
+    close(normalized(100 * alike + alike.new_tensor([-2, 0, 2]), min_spread=0.01), [-1, 0, 1])
 
 
 def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
@@ -375,6 +395,7 @@ def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
         value_head=torch.nn.Linear(1, 1),
     )
     monkeypatch.setattr(rl, "start_policy", lambda cfg: policy)
+    monkeypatch.setattr(Play, "warm_up", lambda *arguments: None)
     monkeypatch.setattr(rl, "collect", lambda *arguments: given)
     monkeypatch.setattr(rl, "prepare", seen)
     with pytest.raises(Seen) as stopped:
@@ -507,6 +528,7 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(free_policy, turns, c
     (parts,), small = gradients(free_policy, moved, cfg.ppo, micro_tokens=1, **changes)
     assert 0 < big["clip_fraction"] < 1
     assert_same_gradients(whole, parts)
+    assert small.pop("stopped") is big.pop("stopped") is None
     assert small == pytest.approx(big, rel=1e-4)
 
 
@@ -577,6 +599,93 @@ def test_loss_that_is_not_finite_stops_before_the_step(free_policy, turns, cfg):
         with pytest.raises(UserError, match="finite"):
             rl.update(free_policy, recorder, batch, ppo, torch.Generator().manual_seed(0))
         assert recorder.steps == []
+
+
+def test_nothing_is_learned_where_advantages_are_alike(make_policy, turns, cfg):
+    """Adam's step does not shrink with its gradient: of advantages a millionth apart no step is
+    made. With the floor off it is made, as if they differed by 1.
+    """
+    for floor, moves in ((0.01, False), (0.0, True)):
+        policy = make_policy()
+        before = policy.snapshot()
+        advantages = 0.3 + 1e-6 * torch.arange(len(turns))
+        ppo = SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, "min_spread": floor})
+        batch = rl.prepare(
+            policy, turns, advantages, torch.zeros(len(turns)), ppo, '"formula"', None
+        )
+        optimizer = torch.optim.AdamW(policy.trainable.values(), lr=1e-3, weight_decay=0)
+        rl.update(policy, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+        changed = any(not torch.equal(before[n], p) for n, p in policy.trainable.items())
+        assert changed == moves
+
+
+@pytest.mark.parametrize(
+    "changes, stopped",
+    [
+        ({"max_ratio": 2.9}, "ppo.max_ratio"),
+        ({"max_ratio": math.inf, "target_kl": 0.05}, "ppo.target_kl"),
+        ({"max_ratio": 3.1, "target_kl": 0.07}, None),
+    ],
+)
+def test_an_update_ends_before_the_step_of_a_policy_that_moved_too_far(
+    free_policy, turns, cfg, changes, stopped
+):
+    """One of 15 turns is three times as likely as it was: KL (3 - 1 - ln 3) / 15 = 0.06."""
+    last = len(turns[-1].answer)
+    far = turns[-1].logprobs - torch.tensor([0.0] * (last - 1) + [math.log(3)])
+    moved = [*turns[:-1], type(turns[-1])(**{**vars(turns[-1]), "logprobs": far})]
+    changes = {"epochs": 2, "kl_coef": 0, "prefix_weight": 1, **changes}
+    steps, stats = gradients(free_policy, moved, cfg.ppo, **changes)
+    assert stats["stopped"] == stopped
+    assert stats["steps"] == len(steps) == (0 if stopped else 2)
+    assert math.isfinite(stats["grad_norm"])
+
+
+# ---------------------------------------------------------------- what is logged of a rollout
+def graded(attempt, correct, reward=0.0):
+    info = {
+        "attempt": attempt,
+        "correct": correct,
+        "recognized": correct,
+        "category": "correct" if correct else "wrong",
+    }
+    return SimpleNamespace(info=info, reward=reward)
+
+
+def test_outcome_by_hand():
+    """Half of the first attempts are right and a quarter of the second ones: of 8 hands 4 go on
+    to a second attempt, 3 to a third, which is right: all are solved, by 8 + 4 + 3 answers. In the
+    rollout there were 2 first attempts, 4 second, 1 third.
+    """
+    turns = [graded(1, T, 5), graded(1, F, -1), graded(3, T, 5)]
+    turns += [graded(2, T, 5), graded(2, F, -1), graded(2, F, -1), graded(2, F, -3)]
+    assert outcome(turns) == {
+        "reward": pytest.approx((8 * 2 + 4 * 0 + 3 * 5) / 15),
+        "success": pytest.approx(1),
+        "first_attempt": 0.5,
+        "per_step": pytest.approx(8 / 15),
+        "recognition": 0.5,
+        "answers": {"correct": round(8 / 15, 4), "wrong": round(7 / 15, 4)},
+    }
+
+
+def test_what_is_logged_does_not_depend_on_where_rollouts_cut_hands_off():
+    """A policy that is right at every attempt in 3 cases of 10, 5 attempts, rollouts of 4 turns:
+    success 1 - 0.7 ** 5 and 0.3 of the answers in the first update as in all others.
+    """
+    rng, attempts, solved = random.Random(0), [1] * 20000, 1 - 0.7**5
+    for rollout in range(5):
+        turns = []
+        for _ in range(4):
+            for slot, attempt in enumerate(attempts):
+                correct = rng.random() < 0.3
+                turns.append(graded(attempt, correct))
+                attempts[slot] = 1 if correct or attempt == 5 else attempt + 1
+        if rollout == 0:
+            continue  # as Play.warm_up does
+        seen = outcome(turns)
+        assert seen["success"] == pytest.approx(solved, abs=0.01)
+        assert seen["per_step"] == pytest.approx(0.3, abs=0.01)
 
 
 # ---------------------------------------------------------------- bootstrap
