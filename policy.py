@@ -220,7 +220,8 @@ class Policy:
 
         Raises: UserError if the logits are not finite.
         """
-        if not logits.amax(-1).isfinite().all():  # on a GPU, multinomial would end the process
+        largest = logits.amax(-1)  # (N,)
+        if (largest.isnan() | largest.isinf()).any():  # on a GPU, multinomial would end the process
             raise UserError("the policy has no finite logits to sample from; if it was trained, "
                             "lower sft.lr or ppo.lr (the last checkpoint is intact)")
         if temperature:
