@@ -12,6 +12,7 @@ from conftest import CONFIG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import progress
 from lib import settings as config
 from lib.settings import UserError, check, load, within_memory
 
@@ -278,6 +279,68 @@ def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as met, within_memory("sampling", None):
         raise error
     assert met.value is error
+
+
+# ---------------------------------------------------------------- what a script says on the way
+class Clock:
+    """time.monotonic, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_with_the_same_figures(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with progress.progress_bar(range(4, 10), desc="SFT", initial=4, total=10, unit="step") as bar:
+        for step in bar:
+            clock.now += progress.EVERY / 2
+            bar.set_postfix_str(f"loss 0.{step} 5,000 tok/s", refresh=False)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in said] == [
+        "SFT: 6/10 steps",
+        "SFT: 8/10 steps",
+        "SFT: 10/10 steps",
+    ]
+    assert said[0].endswith(", loss 0.5 5,000 tok/s") and said[-1].endswith("loss 0.9 5,000 tok/s")
+
+
+def test_lines_of_a_bar_that_is_moved_by_hand(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    bar = progress.progress_bar(total=20, unit="episode")
+    for arm in ("Init", "rl"):
+        bar.set_description(f"{arm}, ID, all, greedy")
+        for _ in range(10):
+            clock.now += 0.01
+            bar.update(1)
+    clock.now += progress.EVERY
+    bar.set_description("rl, ID, all, T = 1")
+    bar.close()
+    bar.close()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("rl, ID, all, T = 1: 20/20 episodes in ")
+
+
+def test_nothing_done_says_nothing(capsys):
+    with progress.progress_bar(range(7, 7), initial=7, total=7, unit="step") as bar:
+        assert list(bar) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_first_line_says_what_is_about_to_happen(capsys):
+    cfg = load([str(CONFIG), "model.device=auto"])[0]
+    progress.announce("sft.py", cfg, "-> runs/a/sft")
+    progress.warn_of_split("sft.py", cfg)
+    assert capsys.readouterr().err == "sft.py: gp (rule ten), mini/gp on auto -> runs/a/sft\n"
+
+
+def test_training_on_what_is_kept_unseen_is_said(capsys):
+    cfg = load([str(CONFIG), "env.split=all", "env.rule=face"])[0]
+    progress.announce("rl.py", cfg, "-> runs/a/rl-env.split=all")
+    progress.warn_of_split("rl.py", cfg)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("rl.py: gp (rule face, split all), mini/gp on cpu -> runs/a/rl-env")
+    assert "env.split=all" in second and "unseen" in second
 
 
 # ---------------------------------------------------------------- scripts as a user runs them
