@@ -116,6 +116,12 @@ def test_defaults_are_of_known_keys_and_accepted():
         ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
         ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
         ("eval.temperatures=[]", "eval.temperatures is empty"),
+        ("model.dtype=float16", "model.dtype: float16 is not supported; use bfloat16, or float32 "
+         "on a card without it"),
+        ("ppo.init=None", "ppo.init: 'None' is no checkpoint; for the bare base model write "
+         '"none"'),
+        ("ppo.init=", 'ppo.init: None is no checkpoint; for the bare base model write "none"'),
+        ('run.dir="a\\0b"', "run.dir: 'a\\x00b' holds a null character"),
     ],
 )
 def test_refusal_names_the_setting_and_the_reason(override, words):
@@ -193,8 +199,56 @@ def test_scientific_notation_becomes_a_number():
 
 
 def test_overrides_reach_the_environment_and_the_last_one_counts():
-    cfg, *_ = load([str(CONFIG), "env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"])
+    """It alone names the arm, too."""
+    given = ["env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"]
+    cfg, _, overrides = load([str(CONFIG), *given])
     assert cfg.env["rule"] == {"J": 1, "Q": 2, "K": 3} and cfg.ppo.envs == 3
+    assert overrides == [given[0], given[2]]
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("a: 1\nb: 2\na: 3\n", "a is given twice, in lines 1 and 3"),
+        ("ppo:\n  clip: 1\n\n  lam: 2\n  clip: 1\n", "ppo.clip is given twice, in lines 2 and 5"),
+        ("env: {rule: ten, 'rule': face}", "env.rule is given twice, in lines 1 and 1"),
+        ("eval:\n  runs:\n  - a: 1\n    a: 2\n", "eval.runs.a is given twice, in lines 3 and 4"),
+        ("? [1]\n: 2\n? [1]\n: 3", "is given twice, in lines 1 and 3"),
+        ("[" * 9999, "nested too deeply"),
+        ("a: 2001-99-99", "month"),
+    ],
+)
+def test_key_given_twice_is_refused_with_both_lines(tmp_path, text, named):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="my.yaml: .*" + named) as error:
+        load([str(path)])
+    assert "\n" not in str(error.value)
+
+
+def test_second_section_of_the_same_name_is_refused(tmp_path):
+    lines = CONFIG.read_text().splitlines()
+    path = tmp_path / "my.yaml"
+    path.write_text("\n".join([*lines, "env: {name: virl}"]))
+    first = next(n for n, line in enumerate(lines, 1) if line.startswith("env:"))
+    last = len(lines) + 1
+    with pytest.raises(UserError, match=f"env is given twice, in lines {first} and {last}"):
+        load([str(path)])
+    assert "J is given twice" in refusal("env.rule={J: 1, J: 2}")
+
+
+def test_anchors_and_merge_keys_are_no_doubles():
+    text = """
+a: &a {m: 1, n: {q: 1}}
+b: &b {<<: *a, m: 2}
+c: {<<: *b, <<: *a, m: 3}
+d: [*a, *b, {x: *a, y: *a}]
+e: {f: &f {<<: *a, m: 4}}
+g: {<<: *f, m: 5}
+"""
+    assert config._parse(text) == yaml.safe_load(text)
+    itself = config._parse("&a {x: *a}")
+    assert itself["x"] is itself
 
 
 @pytest.mark.parametrize(
@@ -371,9 +425,32 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, name
         timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    lines = done.stderr.splitlines()
+    *first, error = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "") and contents(tmp_path) == before
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+    assert error.startswith("error: ") and named in error, done.stderr
+    model = override.startswith("model.") or named == "damaged"  # it was about to load one
+    assert [line.partition(" ")[0] for line in first] == [f"{script}:"] * model, done.stderr
+
+
+@pytest.mark.parametrize("given", ["override", "file"])
+def test_name_that_the_locale_cannot_write_is_one_line(tmp_path, given):
+    path = tmp_path / "ü.yaml"
+    overrides = [f"run.dir={tmp_path}/é"]
+    path.write_text(CONFIG.read_text(), encoding="utf-8")
+    if given == "file":
+        path.write_text(CONFIG.read_text().replace("runs/mini_gp_l", "é"), encoding="utf-8")
+        overrides = []
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "sft.py", str(path), *overrides],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, **ascii_alone},
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "run.dir" in line and "set PYTHONUTF8=1" in line
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
