@@ -27,14 +27,13 @@ Logged per update (metrics.jsonl):
 """
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lib.batching import micro_batches, minibatches, sequences_of
+from lib.progress import progress_bar
 from lib.runs import Run
-from lib.settings import UserError, load, run_main, within_memory
+from lib.settings import load, run_main, within_memory
 from lib.training import (
     Batch, answer_logprobs, clipped_step, load_checkpoint, load_state, ppo_statistics,
     normalized, save_checkpoint, seeded, set_learning_rates, spent, spread_of, token_weights,
@@ -200,11 +199,8 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
 
 
 # ---------------------------------------------------------------- the run
-def start_policy(cfg):
-    """The policy at ppo.init. Raises: UserError if that checkpoint is not there."""
-    init = None if cfg.ppo.init == "none" else Path(cfg.run.dir) / cfg.ppo.init
-    if init is not None and not init.is_dir():
-        raise UserError(f"ppo.init: no checkpoint {init}; run sft.py with this configuration first")
+def start_policy(cfg, init):
+    """The policy at the checkpoint `init`, or the bare base for None."""
     policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, cfg.ppo.value_detach, cfg.run.seed)
     if init is not None:
         policy.load(init, value_head=False)
@@ -218,10 +214,13 @@ def main(arguments):
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
     play = Play(envs, training_seeds(cfg.run.seed), spread=True)
+    run = Run("rl", raw, overrides)
+    if not run.goes_on("rl.py", cfg):
+        return
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
-        policy = start_policy(cfg)
+        policy = start_policy(cfg, run.init)
         start = policy.snapshot() if ppo.kl_coef else None
-        run = Run("rl", raw, overrides)
+        run.begin()
         groups = [{"params": policy.trainable.values(), "lr": ppo.lr},
                   {"params": policy.value_head.parameters(), "lr": ppo.value_lr}]
         optimizer = torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=0.0)
@@ -233,7 +232,7 @@ def main(arguments):
                          seeded(policy.device, "warm up", cfg.run.seed))
 
     steps = range(run.step, ppo.updates)
-    bar = tqdm(steps, initial=run.step, total=ppo.updates, unit="update", disable=None)
+    bar = progress_bar(steps, initial=run.step, total=ppo.updates, unit="update")
     with run.stoppable("update"), bar:
         for step in bar:
             began, tokens_before = time.time(), sum(policy.tokens.values())
@@ -264,7 +263,8 @@ def main(arguments):
             rate = (sum(policy.tokens.values()) - tokens_before) / cost["seconds"]
             bar.set_postfix_str(
                 f"reward {record['reward']:.2f} success {record['success'] or 0:.2f} first "
-                f"{record['first_attempt'] or 0:.2f} KL {record['kl_start']:.3f} {rate:,.0f} tok/s")
+                f"{record['first_attempt'] or 0:.2f} KL {record['kl_start']:.3f} {rate:,.0f} tok/s",
+                refresh=False)
 
             regular = (step + 1) % ppo.save_every == 0 or step + 1 == ppo.updates
             if regular or run.stopping:

@@ -15,9 +15,9 @@ import random
 import time
 
 import torch
-from tqdm import tqdm
 
 from lib.batching import micro_batches
+from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
@@ -70,9 +70,12 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     sft = cfg.sft
     env = make_env(cfg.env, sft.mistakes + 1)  # so that an episode outlives its mistakes
+    run = Run("sft", raw, overrides)
+    if not run.goes_on("sft.py", cfg):
+        return
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, seed=cfg.run.seed)
-        run = Run("sft", raw, overrides)
+        run.begin()
         optimizer = torch.optim.AdamW(policy.trainable.values(), lr=sft.lr,
                                       weight_decay=sft.weight_decay)
         if run.last is not None:
@@ -80,7 +83,7 @@ def main(arguments):
 
     seeds = itertools.islice(training_seeds(cfg.run.seed), run.step * sft.batch_size, None)
     steps = range(run.step, sft.steps)
-    bar = tqdm(steps, "SFT", initial=run.step, total=sft.steps, unit="step", disable=None)
+    bar = progress_bar(steps, desc="SFT", initial=run.step, total=sft.steps, unit="step")
     with run.stoppable("step"), bar:
         for step in bar:
             began, tokens_before = time.time(), policy.tokens["train"]
@@ -96,7 +99,7 @@ def main(arguments):
             record = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, **cost}
             run.log("metrics", record)
             rate = (policy.tokens["train"] - tokens_before) / cost["seconds"]
-            bar.set_postfix_str(f"loss {loss:.3f} {rate:,.0f} tok/s")
+            bar.set_postfix_str(f"loss {loss:.3f} {rate:,.0f} tok/s", refresh=False)
 
             regular = (step + 1) % sft.save_every == 0 or step + 1 in (sft.init_step, sft.steps)
             if regular or run.stopping:

@@ -5,6 +5,7 @@ ValueError whose text reads on from the setting's name: "'x' is not a number". `
 name in front: "ppo.clip: 'x' is not a number". No torch in this file.
 """
 import difflib
+import os
 
 INF = float("inf")
 
@@ -56,7 +57,18 @@ def _instance(kind, name):
     return check
 
 
-text = _instance(str, "text")
+def text(value):
+    """Text that can name a file here, too."""
+    _instance(str, "text")(value)
+    if "\0" in value:
+        raise ValueError(f"{value!r} holds a null character")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{value!r} cannot name a file in this locale; set PYTHONUTF8=1") from None
+    return value
+
+
 flag = _instance(bool, "true or false")
 mapping = _instance(dict, "a mapping")
 

@@ -3,7 +3,9 @@
 All is checked before anything is loaded. Every user error is a `UserError`: one line on
 stderr, exit code 2, no traceback. No torch in this file.
 """
+import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,22 @@ from lib.checks import (INF, check_settings, checked, choice, flag, list_of, map
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SEED = 10_000_000  # keeps the seeds of training below rollout.EVAL_SEEDS
+
+
+
+def dtype(value):
+    """float32 or bfloat16."""
+    if value in ("float16", "fp16", "half"):
+        raise ValueError("float16 is not supported; use bfloat16, or float32 on a card without it")
+    return choice("float32", "bfloat16")(value)
+
+
+def start(value):
+    """The name of a checkpoint, or "none"."""
+    if value is None or str(value).lower() in ("null", "~", "") or value == "None":
+        raise ValueError(f'{value!r} is no checkpoint; for the bare base model write "none"')
+    return text(value)
+
 
 # What each setting accepts. What it means is said beside it in configs/*.yaml. The environment's
 # class checks the settings in "env" and in each of "eval.variants".
@@ -31,7 +49,7 @@ SCHEMA = {
     "model.device": choice("cpu", "cuda", "auto"),
     "model.quantization": choice("nf4", "none"),
     "model.keep_unquantized": list_of(text),
-    "model.dtype": choice("float32", "bfloat16"),
+    "model.dtype": dtype,
     "model.tune": list_of(choice("language", "projector", "vision")),
     "model.gradient_checkpointing": flag,
     "model.merge_for_sampling": flag,
@@ -53,7 +71,7 @@ SCHEMA = {
     "sft.mistakes": whole(0, 100),
     "sft.init_step": whole(1),
     "sft.save_every": whole(1),
-    "ppo.init": text,
+    "ppo.init": start,
     "ppo.verify_iters": whole(1, 100),
     "ppo.updates": whole(1),
     "ppo.envs": whole(1),
@@ -125,7 +143,8 @@ class UserError(Exception):
 def load(arguments):
     """Settings from `CONFIG [key=value ...]`.
 
-    Returns: (cfg with attribute access per section, the plain nested dict, the overrides).
+    Returns: (cfg with attribute access per section, the plain nested dict, the overrides: of a key
+        that is given twice, the last one counts).
     Raises: UserError if the file cannot be read or a setting is unknown, missing or wrong.
     """
     usage = f"usage: python {Path(sys.argv[0]).name} CONFIG.yaml [section.key=value ...]"
@@ -133,20 +152,29 @@ def load(arguments):
         raise UserError(usage)
     path, *overrides = arguments
     raw = _read(Path(path), usage)
-    for argument in overrides:
+    last = {}  # of the same key: {key: argument}
+    for argument in map(_readable, overrides):
         override(raw, argument)
+        last[argument.partition("=")[0]] = argument
     raw = check(raw)
     cfg = SimpleNamespace()
     for section, values in raw.items():
         plain = section == "env" or values is None
         setattr(cfg, section, values if plain else SimpleNamespace(**values))
-    return cfg, raw, overrides
+    return cfg, raw, list(last.values())
+
+
+def _readable(argument):
+    """An argument in UTF-8 as such, in a locale that knows ASCII alone."""
+    if argument.isprintable():
+        return argument
+    return os.fsencode(argument).decode(errors="surrogateescape")
 
 
 def _read(path, usage):
     """The mapping in a YAML file."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}; {usage}") from None
@@ -155,9 +183,42 @@ def _read(path, usage):
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", error)
         raise UserError(f"{path}{where} is not YAML: {problem}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} is not a mapping of sections")
     return raw
+
+
+def _parse(text):
+    """What a YAML text says. Raises: YAMLError; ValueError if a mapping has a key twice."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _refuse_doubled(node, "", set())
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_doubled(node, name, seen):
+    """Raises: ValueError that names the key and both lines; `seen`: nodes looked at (aliases)."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_doubled(item, name, seen)
+        return
+    lines = {}  # key -> the line it stands in
+    for key, value in node.value:
+        written = str(key.value)
+        full_name = f"{name}.{written}".removeprefix(".")
+        line = key.start_mark.line + 1
+        if written in lines and written != "<<":  # the merge key
+            raise ValueError(f"{full_name} is given twice, in lines {lines[written]} and {line}")
+        lines[written] = line
+        _refuse_doubled(value, full_name, seen)
 
 
 def override(raw, argument):
@@ -179,9 +240,11 @@ def override(raw, argument):
         if not isinstance(place, dict):
             raise unknown
     try:
-        place[key] = yaml.safe_load(value)
+        place[key] = _parse(value)
     except yaml.YAMLError:
         raise UserError(f"{name}: {value!r} is not YAML") from None
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def check(raw):
@@ -257,8 +320,22 @@ def find_model(path):
 
 
 # ---------------------------------------------------------------- errors, as the user sees them
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what a cluster or a container stops a program with, before it kills it."""
+
+
+def terminate(number, frame):
+    """The handler of SIGTERM."""
+    raise Terminated
+
+
 def run_main(main):
-    """Run a script's main(arguments): a UserError becomes one line and exit code 2, Ctrl-C 130."""
+    """Run a script's main(arguments): a UserError becomes one line and exit code 2, Ctrl-C 130,
+    SIGTERM 143."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale may know ASCII alone
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -267,7 +344,7 @@ def run_main(main):
     except KeyboardInterrupt as stop:
         at_once = "stopped; run the same command again to continue from the last checkpoint"
         print(str(stop) or at_once, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 def one_line(error):

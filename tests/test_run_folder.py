@@ -1,16 +1,20 @@
-"""One arm's folder, without a model: its name, whose it is, whole checkpoints, logs, Ctrl-C."""
+"""One arm's folder, without a model: its name, whose it is, whole checkpoints, logs, signals."""
 
 import copy
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import yaml
+from conftest import ROOT
+from safetensors import SafetensorError
 
 from lib import settings
-from lib.runs import Run, arm_name, checkpoints, written_whole
-from lib.settings import UserError, check, override
+from lib.runs import Run, arm_name, checkpoints, find_init, hold, written_whole
+from lib.settings import Terminated, UserError, check, override
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background ignores it
 
@@ -24,7 +28,7 @@ def contents(folder):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def numbers(folder):
@@ -44,12 +48,15 @@ def open_run(raw, tmp_path):
     Changes are made to the YAML; overrides come from the command line and name the arm.
     """
     raw["run"]["dir"] = str(tmp_path)
+    raw["ppo"]["init"] = "none"
 
     def opened(script, changes=(), overrides=()):
         changed = copy.deepcopy(raw)
         for change in (*changes, *overrides):
             override(changed, change)
-        return Run(script, check(changed), list(overrides))
+        run = Run(script, check(changed), list(overrides))
+        run.begin()
+        return run
 
     return opened
 
@@ -60,6 +67,8 @@ def test_arm_is_named_after_its_own_overrides():
     for overrides in (["ppo.gamma=1", "lora.r=8"], ["lora.r=8", "ppo.gamma=1"]):
         assert arm_name("rl", overrides) == "rl-lora.r=8-ppo.gamma=1"
     others = ["sft.lr=1", "eval.n=5"]  # of other arms
+    longer = ["sft.steps=9", "ppo.updates=9"]
+    assert arm_name("rl", longer) == "rl" and arm_name("sft", longer) == "sft"
     places = ["run.dir=x/y", "model.device=cuda", "ppo.save_every=1"]  # what may change
     assert arm_name("rl", others + places) == "rl"
     mixed = ["ppo.clip=1", "sft.micro_tokens=9", "sft.mistakes=2"]
@@ -204,7 +213,7 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
         with written_whole(final) as folder:
             (folder / text).write_text(text)
         assert names(final) == [text]
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="model: disk full"):
         with written_whole(final) as folder:
             (folder / "half").write_text("half")
             raise OSError("disk full")
@@ -214,9 +223,267 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert names(final) == [] and names(tmp_path) == ["model"]
 
 
-# ---------------------------------------------------------------- Ctrl-C
+# ---------------------------------------------------------------- where PPO starts
+def lay(run_dir, *names):
+    for name in names:
+        (run_dir / name).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "init, overrides, found",
+    [
+        ("none", [], None),
+        ("sft/step_5", [], "sft/step_5"),
+        ("sft/step_5", ["ppo.lr=1", "sft.steps=7", "eval.seed=3"], "sft/step_5"),
+        ("sft/step_5", ["sft.lr=1"], "sft-sft.lr=1/step_5"),
+        ("sft/step_5", ["sft.lr=1", "ppo.clip=1", "sft.save_every=1"], "sft-sft.lr=1/step_5"),
+        ("sft/step_5", ["lora.r=8"], "sft-lora.r=8/step_5"),
+        ("sft/step_5", ["env.rule=face"], "sft/step_5"),  # PPO on another rule than SFT had
+        ("sft/step_5", ["env.rule=face", "sft.lr=1"], "sft-sft.lr=1/step_5"),
+        ("sft-lora.r=8/step_5", ["sft.lr=1"], "sft-lora.r=8/step_5"),
+        ("sft/step_5", ["ppo.init=sft/step_5", "sft.lr=1"], "sft/step_5"),  # said word for word
+        ("../other/step_1", [], "../other/step_1"),
+    ],
+)
+def test_same_overrides_find_the_start(tmp_path, init, overrides, found):
+    run_dir = tmp_path / "run"
+    lay(tmp_path, "other/step_1")
+    lay(run_dir, "sft/step_5", "sft-sft.lr=1/step_5", "sft-lora.r=8/step_5")
+    assert find_init(run_dir, init, overrides) == (found and run_dir / found)
+
+
+def test_where_no_start_fits_the_message_says_what_does(tmp_path):
+    with pytest.raises(UserError, match="sft/step_5; run sft.py with this configuration first"):
+        find_init(tmp_path, "sft/step_5", [])
+    lay(tmp_path, "sft-sft.lr=1/step_2", "sft-sft.lr=1/step_10", "sft-sft.lr=1/step_5", "rl/step_5")
+    for overrides in ([], ["sft.lr=2"], ["ppo.init=sft/step_5"]):
+        with pytest.raises(UserError) as error:
+            find_init(tmp_path, "sft/step_5", overrides)
+        said = str(error.value)
+        assert "ppo.init=sft-sft.lr=1/step_5; there are" in said and "\n" not in said
+        listed = [f"sft-sft.lr=1/step_{n}" for n in (5, 2, 10)]
+        assert said.endswith("there are " + ", ".join(listed))
+    lay(tmp_path, *[f"sft/step_{n}" for n in range(20, 40)])
+    with pytest.raises(UserError, match="ppo.init=sft/step_20; .* and 15 more$"):
+        find_init(tmp_path, "sft/step_999", [])
+
+
+def test_arms_with_another_start_have_another_name(raw, tmp_path):
+    """And their config.yaml says where they started."""
+    raw["run"]["dir"] = str(tmp_path)
+    lay(tmp_path, "sft/step_10", "sft-sft.lr=0.1/step_10")
+    starts = {}
+    for overrides in (["ppo.clip=0.3"], ["ppo.clip=0.3", "sft.lr=0.1"]):
+        changed = copy.deepcopy(raw)
+        for change in overrides:
+            override(changed, change)
+        run = Run("rl", check(changed), overrides)
+        run.begin()
+        noted = yaml.safe_load((run.dir / "config.yaml").read_text())
+        starts[run.dir.name] = (str(run.init.relative_to(tmp_path)), noted["ppo"]["init"])
+    assert starts == {
+        "rl-ppo.clip=0.3": ("sft/step_10",) * 2,
+        "rl-ppo.clip=0.3-sft.lr=0.1": ("sft-sft.lr=0.1/step_10",) * 2,
+    }
+
+
+# ---------------------------------------------------------------- more of the same
+@pytest.mark.parametrize("script, key", [("sft", "sft.steps"), ("rl", "ppo.updates")])
+def test_finished_run_goes_on_under_a_constant_schedule(open_run, cfg, capsys, script, key):
+    run = open_run(script, overrides=[f"{key}=40"])
+    save(run, 40, True)
+    longer = open_run(script, overrides=[f"{key}=90"])
+    assert (longer.dir, longer.step) == (run.dir, 40) and longer.goes_on("x.py", cfg)
+    noted = yaml.safe_load((run.dir / "config.yaml").read_text())
+    section, _, name = key.partition(".")
+    assert noted[section][name] == 90
+    assert capsys.readouterr().err.endswith(f"-> {run.dir}, from {run.dir / 'step_40'}\n")
+    for fewer in (40, 20):
+        assert not open_run(script, [f"{key}={fewer}"]).goes_on("x.py", cfg)
+        (said,) = "".join(capsys.readouterr()).splitlines()
+        assert str(run.dir) in said and "40" in said and key in said
+
+
+@pytest.mark.parametrize("script, key", [("sft", "sft.steps"), ("rl", "ppo.updates")])
+def test_run_under_a_cosine_schedule_has_its_length(open_run, script, key):
+    cosine = f"{key.partition('.')[0]}.schedule=cosine"
+    run = open_run(script, [f"{key}=40"], overrides=[cosine])
+    save(run, 40, True)
+    before = contents(run.dir)
+    for length in (20, 90):
+        with pytest.raises(UserError, match=f"{key} = 40, not {length} .*cosine.*learning rate"):
+            open_run(script, [f"{key}={length}"], overrides=[cosine])
+    assert contents(run.dir) == before
+    assert open_run(script, [f"{key}=40"], overrides=[cosine]).step == 40
+
+
+# ---------------------------------------------------------------- one process at a time
+HOLDER = """
+import sys
+from pathlib import Path
+from lib.runs import hold
+file = hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["it ends", "it is killed"])
+def test_second_process_is_refused_until_the_first_is_gone(open_run, kill):
+    run = open_run("sft")
+    save(run, 3, True)
+    run.log("metrics", {"step": 4})
+    run.lock.close()
+    command = [sys.executable, "-c", HOLDER, str(run.dir / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        before = contents(run.dir)
+        with pytest.raises(UserError, match=f"sft is in use by process {other.pid} on "):
+            open_run("sft")
+        assert contents(run.dir) == before
+        assert open_run("sft", overrides=["sft.lr=0.5"]).step == 0  # a neighbour
+        if kill:
+            other.kill()
+        else:
+            other.stdin.close()
+        other.wait(timeout=60)
+    assert open_run("sft").step == 3
+
+
+def test_folder_that_another_process_made_meanwhile_is_seen(raw, tmp_path):
+    """Both found no folder; while this one loaded its model, the other trained and ended."""
+    raw["run"]["dir"] = str(tmp_path)
+    slow, quick = (Run("sft", check(raw), []) for _ in range(2))
+    assert slow.step == 0
+    quick.begin()
+    save(quick, 5, True)
+    slow.begin()
+    assert slow.step == 5
+
+
+def test_where_the_file_system_knows_no_locks_it_goes_without(tmp_path, monkeypatch):
+    def unknown(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", unknown)
+    assert hold(tmp_path / ".lock").name == str(tmp_path / ".lock")
+
+
+# ---------------------------------------------------------------- a disk that is full
+FULL = [
+    OSError(28, "No space left on device"),
+    SafetensorError("I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_full_disk_is_one_line_and_the_last_checkpoint_stays(open_run, error):
+    run = open_run("sft")
+    save(run, 3, True)
+    with pytest.raises(UserError, match="step_4: .*No space left.*last checkpoint") as met:
+        with run.checkpoint(4) as folder:
+            (folder / "weights").write_text("half")
+            raise error
+    assert "\n" not in str(met.value)
+    again = open_run("sft")
+    assert (again.step, (again.last / "weights").read_text()) == (3, "3")
+    assert names(run.dir) == ["config.yaml", "step_3"]
+
+
+def test_what_is_no_failure_to_write_passes(open_run):
+    with pytest.raises(ZeroDivisionError):
+        with open_run("sft").checkpoint(4):
+            raise ZeroDivisionError
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path.insert(0, "tests")
+import yaml
+from conftest import CONFIG
+from lib.runs import Run
+from lib.settings import check, run_main
+
+def main(arguments):
+    raw = check(yaml.safe_load(CONFIG.read_text()))
+    raw["run"]["dir"] = sys.argv[1]
+    run = Run("sft", raw, [])
+    if sys.argv[2] == "config":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    run.begin()
+    with run.checkpoint(1) as folder:
+        (folder / "weights").write_text("1")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    if sys.argv[2] == "log":
+        run.log("metrics", {"step": 2, "text": "x" * 200})
+    with run.checkpoint(2) as folder:
+        (folder / "weights").write_text("2" * 200)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("place, named", [("config", "config.yaml"), ("log", "metrics.jsonl"),
+                                          ("checkpoint", "step_2")])
+def test_no_room_in_a_real_process(open_run, tmp_path, place, named):
+    """A limit on the size of files stands in for a full disk."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), place]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 2 and said.startswith("error: cannot write ") and named in said
+    assert open_run("sft").step == (0 if place == "config" else 1)
+
+
+# ---------------------------------------------------------------- Ctrl-C and SIGTERM
 def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def as_script():
+    """SIGTERM as run_main sets it."""
+    before = signal.signal(signal.SIGTERM, settings.terminate)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_is_as_ctrl_c(open_run, capfd, as_script):
+    run = open_run("rl")
+    with pytest.raises(Terminated, match="stopped after update 3; .*again to continue"):
+        with run.stoppable("update"):
+            sigterm()
+            save(run, 3, False)
+    said = "finishing this update, then saving; a second signal stops at once\n"
+    assert capfd.readouterr().err == said
+    again = open_run("rl")
+    assert again.last.name == "stopped_3"
+    for first, second, stopped in ((sigterm, sigterm, Terminated), (ctrl_c, sigterm, Terminated),
+                                   (sigterm, ctrl_c, KeyboardInterrupt)):
+        with pytest.raises(KeyboardInterrupt) as stop:
+            with again.stoppable("update"):
+                first()
+                second()
+                save(again, 4, True)
+        assert type(stop.value) is stopped and str(stop.value) == ""
+    assert open_run("rl").last.name == "stopped_3"
+    assert signal.getsignal(signal.SIGTERM) is settings.terminate
+
+
+def test_exit_codes_tell_sigterm_from_ctrl_c(capsys):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        for stop, code in ((sigterm, 143), (ctrl_c, 130)):
+            with pytest.raises(SystemExit) as ended:
+                settings.run_main(lambda arguments, stop=stop: stop())
+            assert ended.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_first_ctrl_c_finishes_and_saves_and_the_second_does_not(open_run, capfd):

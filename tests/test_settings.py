@@ -12,6 +12,7 @@ from conftest import CONFIG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import progress
 from lib import settings as config
 from lib.settings import UserError, check, load, within_memory
 
@@ -117,6 +118,12 @@ def test_defaults_are_of_known_keys_and_accepted():
         ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
         ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
         ("eval.temperatures=[]", "eval.temperatures is empty"),
+        ("model.dtype=float16", "model.dtype: float16 is not supported; use bfloat16, or float32 "
+         "on a card without it"),
+        ("ppo.init=None", "ppo.init: 'None' is no checkpoint; for the bare base model write "
+         '"none"'),
+        ("ppo.init=", 'ppo.init: None is no checkpoint; for the bare base model write "none"'),
+        ('run.dir="a\\0b"', "run.dir: 'a\\x00b' holds a null character"),
     ],
 )
 def test_refusal_names_the_setting_and_the_reason(override, words):
@@ -194,8 +201,56 @@ def test_scientific_notation_becomes_a_number():
 
 
 def test_overrides_reach_the_environment_and_the_last_one_counts():
-    cfg, *_ = load([str(CONFIG), "env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"])
+    """It alone names the arm, too."""
+    given = ["env.rule={J: 1, Q: 2, K: 3}", "ppo.envs=2", "ppo.envs=3"]
+    cfg, _, overrides = load([str(CONFIG), *given])
     assert cfg.env["rule"] == {"J": 1, "Q": 2, "K": 3} and cfg.ppo.envs == 3
+    assert overrides == [given[0], given[2]]
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("a: 1\nb: 2\na: 3\n", "a is given twice, in lines 1 and 3"),
+        ("ppo:\n  clip: 1\n\n  lam: 2\n  clip: 1\n", "ppo.clip is given twice, in lines 2 and 5"),
+        ("env: {rule: ten, 'rule': face}", "env.rule is given twice, in lines 1 and 1"),
+        ("eval:\n  runs:\n  - a: 1\n    a: 2\n", "eval.runs.a is given twice, in lines 3 and 4"),
+        ("? [1]\n: 2\n? [1]\n: 3", "is given twice, in lines 1 and 3"),
+        ("[" * 9999, "nested too deeply"),
+        ("a: 2001-99-99", "month"),
+    ],
+)
+def test_key_given_twice_is_refused_with_both_lines(tmp_path, text, named):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="my.yaml: .*" + named) as error:
+        load([str(path)])
+    assert "\n" not in str(error.value)
+
+
+def test_second_section_of_the_same_name_is_refused(tmp_path):
+    lines = CONFIG.read_text().splitlines()
+    path = tmp_path / "my.yaml"
+    path.write_text("\n".join([*lines, "env: {name: virl}"]))
+    first = next(n for n, line in enumerate(lines, 1) if line.startswith("env:"))
+    last = len(lines) + 1
+    with pytest.raises(UserError, match=f"env is given twice, in lines {first} and {last}"):
+        load([str(path)])
+    assert "J is given twice" in refusal("env.rule={J: 1, J: 2}")
+
+
+def test_anchors_and_merge_keys_are_no_doubles():
+    text = """
+a: &a {m: 1, n: {q: 1}}
+b: &b {<<: *a, m: 2}
+c: {<<: *b, <<: *a, m: 3}
+d: [*a, *b, {x: *a, y: *a}]
+e: {f: &f {<<: *a, m: 4}}
+g: {<<: *f, m: 5}
+"""
+    assert config._parse(text) == yaml.safe_load(text)
+    itself = config._parse("&a {x: *a}")
+    assert itself["x"] is itself
 
 
 @pytest.mark.parametrize(
@@ -282,6 +337,68 @@ def test_other_errors_pass_unchanged(error):
     assert met.value is error
 
 
+# ---------------------------------------------------------------- what a script says on the way
+class Clock:
+    """time.monotonic, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+def test_without_a_terminal_a_line_comes_now_and_then_with_the_same_figures(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    with progress.progress_bar(range(4, 10), desc="SFT", initial=4, total=10, unit="step") as bar:
+        for step in bar:
+            clock.now += progress.EVERY / 2
+            bar.set_postfix_str(f"loss 0.{step} 5,000 tok/s", refresh=False)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" in ")[0] for line in said] == [
+        "SFT: 6/10 steps",
+        "SFT: 8/10 steps",
+        "SFT: 10/10 steps",
+    ]
+    assert said[0].endswith(", loss 0.5 5,000 tok/s") and said[-1].endswith("loss 0.9 5,000 tok/s")
+
+
+def test_lines_of_a_bar_that_is_moved_by_hand(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    bar = progress.progress_bar(total=20, unit="episode")
+    for arm in ("Init", "rl"):
+        bar.set_description(f"{arm}, ID, all, greedy")
+        for _ in range(10):
+            clock.now += 0.01
+            bar.update(1)
+    clock.now += progress.EVERY
+    bar.set_description("rl, ID, all, T = 1")
+    bar.close()
+    bar.close()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("rl, ID, all, T = 1: 20/20 episodes in ")
+
+
+def test_nothing_done_says_nothing(capsys):
+    with progress.progress_bar(range(7, 7), initial=7, total=7, unit="step") as bar:
+        assert list(bar) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_first_line_says_what_is_about_to_happen(capsys):
+    cfg = load([str(CONFIG), "model.device=auto"])[0]
+    progress.announce("sft.py", cfg, "-> runs/a/sft")
+    progress.warn_of_split("sft.py", cfg)
+    assert capsys.readouterr().err == "sft.py: gp (rule ten), mini/gp on auto -> runs/a/sft\n"
+
+
+def test_training_on_what_is_kept_unseen_is_said(capsys):
+    cfg = load([str(CONFIG), "env.split=all", "env.rule=face"])[0]
+    progress.announce("rl.py", cfg, "-> runs/a/rl-env.split=all")
+    progress.warn_of_split("rl.py", cfg)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("rl.py: gp (rule face, split all), mini/gp on cpu -> runs/a/rl-env")
+    assert "env.split=all" in second and "unseen" in second
+
+
 # ---------------------------------------------------------------- scripts as a user runs them
 WITHOUT_GPU = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
 
@@ -310,9 +427,32 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, name
         timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    lines = done.stderr.splitlines()
+    *first, error = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "") and contents(tmp_path) == before
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+    assert error.startswith("error: ") and named in error, done.stderr
+    model = override.startswith("model.") or named == "damaged"  # it was about to load one
+    assert [line.partition(" ")[0] for line in first] == [f"{script}:"] * model, done.stderr
+
+
+@pytest.mark.parametrize("given", ["override", "file"])
+def test_name_that_the_locale_cannot_write_is_one_line(tmp_path, given):
+    path = tmp_path / "ü.yaml"
+    overrides = [f"run.dir={tmp_path}/é"]
+    path.write_text(CONFIG.read_text(), encoding="utf-8")
+    if given == "file":
+        path.write_text(CONFIG.read_text().replace("runs/mini_gp_l", "é"), encoding="utf-8")
+        overrides = []
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "sft.py", str(path), *overrides],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, **ascii_alone},
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "run.dir" in line and "set PYTHONUTF8=1" in line
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
