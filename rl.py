@@ -6,10 +6,9 @@ Paper Sec. 3, App. B/C. A stopped run goes on to the same numbers: a checkpoint 
 optimiser, token counts and each open episode's seed and answers, which are replayed; random numbers
 follow from run.seed and the step; what was logged after the checkpoint is dropped (lib/runs.py).
 
-Deviations from the paper, each a YAML key: LoRA on a 4-bit base instead of full fine-tuning (so
-larger learning rates), a value head on detached features with its own learning rate, an optional KL
-penalty to the start, rewards scaled before GAE. SFT and PPO of one seed draw the same hands. No
-ungraded answer is sampled beyond the budget of attempts; nothing leaks across an episode's end.
+Deviations from the paper, each a YAML key: LoRA on a 4-bit base (so larger learning rates), a value
+head on detached features with a learning rate of its own, a KL penalty to the start, scaled rewards
+(docs/differences.md). SFT and PPO of one seed draw the same hands.
 
 Logged per update (metrics.jsonl):
   reward (mean per answer, paper's points), success (share of hands, or positions, solved within the
@@ -25,21 +24,20 @@ Logged per update (metrics.jsonl):
   clipping; without the value head, which is not clipped), tokens, gflops (so far, paper's formulas,
   Init included), seconds, peak_memory_gib.
 """
-import time
 from collections import Counter
 
 import torch
 
-from lib.batching import micro_batches, minibatches, sequences_of
+from lib.batching import micro_batches, sequences_of, shuffled_epochs
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Batch, answer_logprobs, clipped_step, load_checkpoint, load_state, ppo_statistics,
-    normalized, save_checkpoint, seeded, set_learning_rates, spent, spread_of, token_weights,
-    too_far)
+    Batch, Meter, answer_logprobs, clipped_step, load_checkpoint, load_state, normalized,
+    ppo_statistics, save_checkpoint, seeded, set_learning_rates, spread_of, sum_per_turn,
+    token_weights, too_far)
 from policy import Policy
-from rollout import Play, collect, make_env, outcome, training_seeds, transcript
+from rollout import Play, collect, make_env, outcome, summary, training_seeds, transcript
 
 
 # ---------------------------------------------------------------- the maths, pure
@@ -129,11 +127,6 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
     return loss / size.turns, sums
 
 
-def sum_per_turn(tokens, turn_of, turns):
-    """Sums of token values (A,) by the turn they belong to (A,). Returns: (S,), S = turns."""
-    return tokens.new_zeros(turns).index_add(0, turn_of, tokens)
-
-
 # ---------------------------------------------------------------- one update
 def prepare(policy, turns, advantages, returns, ppo, key, start):
     """What an update compares with, above all old and start log-probs. Returns: Batch.
@@ -157,17 +150,12 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
 
 
 def update(policy, optimizer, batch, ppo, generator):
-    """PPO epochs over a batch, each in its own order, unless the policy moves too far.
-
-    Returns: statistics, see the glossary.
-    """
+    """PPO epochs over a batch, until the policy moves too far. Returns: statistics, see above."""
     steps = []
-    for _ in range(ppo.epochs):
-        order = torch.randperm(len(batch.packed), generator=generator).tolist()
-        for minibatch in minibatches([batch.packed[i] for i in order], ppo.minibatch):
-            steps.append(minibatch_step(policy, optimizer, batch, minibatch, ppo))
-            if steps[-1]["stopped"]:
-                return ppo_statistics(batch, steps)
+    for minibatch in shuffled_epochs(batch.packed, ppo.epochs, ppo.minibatch, generator):
+        steps.append(minibatch_step(policy, optimizer, batch, minibatch, ppo))
+        if steps[-1]["stopped"]:
+            break
     return ppo_statistics(batch, steps)
 
 
@@ -235,7 +223,7 @@ def main(arguments):
     bar = progress_bar(steps, initial=run.step, total=ppo.updates, unit="update")
     with run.stoppable("update"), bar:
         for step in bar:
-            began, tokens_before = time.time(), sum(policy.tokens.values())
+            meter = Meter(policy)
             set_learning_rates(optimizer, (ppo.lr, ppo.value_lr), step, ppo.updates, ppo.schedule)
             sampler = seeded(policy.device, "sample", cfg.run.seed, step)
             shuffler = seeded("cpu", "shuffle", cfg.run.seed, step)
@@ -255,16 +243,11 @@ def main(arguments):
                                 envs[0].answer_key, start)
                 learned = update(policy, optimizer, batch, ppo, shuffler)
             optimizer.zero_grad()  # rollouts have a use for the memory
-            cost = spent(policy, began)
-            record = {"step": step + 1, **outcome(turns), **learned, **cost}
+            record = {"step": step + 1, **outcome(turns), **learned, **meter.spent()}
             run.log("metrics", record)
             for turn in turns[::max(1, len(turns) // 8)]:
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})
-            rate = (sum(policy.tokens.values()) - tokens_before) / cost["seconds"]
-            bar.set_postfix_str(
-                f"reward {record['reward']:.2f} success {record['success'] or 0:.2f} first "
-                f"{record['first_attempt'] or 0:.2f} KL {record['kl_start']:.3f} {rate:,.0f} tok/s",
-                refresh=False)
+            bar.set_postfix_str(f"{summary(record)} {meter.rate()}", refresh=False)
 
             regular = (step + 1) % ppo.save_every == 0 or step + 1 == ppo.updates
             if regular or run.stopping:

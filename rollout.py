@@ -298,6 +298,12 @@ def attempt_shares(attempts):
     return shares
 
 
+def summary(record):
+    """The figures of a record of `outcome` and rl.py that a progress bar shows."""
+    names = {"reward": "reward", "success": "success", "first_attempt": "first", "kl_start": "KL"}
+    return " ".join(f"{name} {record[key] or 0:.2f}" for key, name in names.items())
+
+
 def transcript(turn):
     """One turn as rl.py's transcripts show it."""
     return {"seed": turn.seed, "attempt": turn.info["attempt"], "answer": turn.text,

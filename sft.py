@@ -12,7 +12,6 @@ seconds, peak_memory_gib.
 """
 import itertools
 import random
-import time
 
 import torch
 
@@ -21,7 +20,7 @@ from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    clipped_step, load_checkpoint, save_checkpoint, set_learning_rates, spent)
+    Meter, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
 from policy import Policy
 from rollout import make_env, training_seeds
 
@@ -86,7 +85,7 @@ def main(arguments):
     bar = progress_bar(steps, desc="SFT", initial=run.step, total=sft.steps, unit="step")
     with run.stoppable("step"), bar:
         for step in bar:
-            began, tokens_before = time.time(), policy.tokens["train"]
+            meter = Meter(policy)
             set_learning_rates(optimizer, (sft.lr,), step, sft.steps, sft.schedule,
                                sft.warmup)
             batch = sft_batch(policy, env, itertools.islice(seeds, sft.batch_size), sft.mistakes)
@@ -94,12 +93,11 @@ def main(arguments):
                                "model.gradient_checkpointing=true"):
                 loss, norm = train_step(policy, optimizer, batch, sft)
 
-            cost = spent(policy, began)
             lr = optimizer.param_groups[0]["lr"]
-            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, **cost}
+            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
+                      **meter.spent()}
             run.log("metrics", record)
-            rate = (policy.tokens["train"] - tokens_before) / cost["seconds"]
-            bar.set_postfix_str(f"loss {loss:.3f} {rate:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f} {meter.rate()}", refresh=False)
 
             regular = (step + 1) % sft.save_every == 0 or step + 1 in (sft.init_step, sft.steps)
             if regular or run.stopping:

@@ -2,6 +2,8 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
+
 
 @dataclass
 class Sequence:
@@ -86,6 +88,13 @@ def micro_batches(items, max_tokens):
 
 def _length(item):
     return len(item[0].ids)
+
+
+def shuffled_epochs(packed, epochs, size, generator):
+    """Minibatches of so many passes over Packed conversations, each pass in an order of its own."""
+    for _ in range(epochs):
+        order = torch.randperm(len(packed), generator=generator).tolist()
+        yield from minibatches([packed[i] for i in order], size)
 
 
 def minibatches(packed, turns):

@@ -87,10 +87,24 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def spent(policy, began):
-    """Tokens and GFLOPs of a run so far, seconds since `began` (time.time()), peak memory."""
-    return {"tokens": dict(policy.tokens), "gflops": policy.flops() / 1e9,
-            "seconds": time.time() - began, "peak_memory_gib": peak_memory(policy.device)}
+class Meter:
+    """What a step or update costs, from its making on."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.began = time.time()
+        self.tokens_before = sum(policy.tokens.values())
+
+    def spent(self):
+        """Tokens and GFLOPs of the run so far, seconds of this step, peak memory."""
+        policy = self.policy
+        return {"tokens": dict(policy.tokens), "gflops": policy.flops() / 1e9,
+                "seconds": time.time() - self.began, "peak_memory_gib": peak_memory(policy.device)}
+
+    def rate(self):
+        """Text: tokens per second of this step."""
+        tokens = sum(self.policy.tokens.values()) - self.tokens_before
+        return f"{tokens / (time.time() - self.began):,.0f} tok/s"
 
 
 def ppo_statistics(batch, steps):
@@ -132,6 +146,11 @@ def sampler_gap(batch):
 
 
 # ---------------------------------------------------------------- PPO's tensors
+def sum_per_turn(tokens, turn_of, turns):
+    """Sums of token values (A,) by the turn they belong to (A,). Returns: (S,), S = turns."""
+    return tokens.new_zeros(turns).index_add(0, turn_of, tokens)
+
+
 def spread_of(advantages):
     """Standard deviation of (S,) advantages; 0 of a single one."""
     return advantages.std().item() if len(advantages) > 1 else 0.0

@@ -394,7 +394,7 @@ def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
         trainable=dict(net.named_parameters()),
         value_head=torch.nn.Linear(1, 1),
     )
-    monkeypatch.setattr(rl, "start_policy", lambda cfg: policy)
+    monkeypatch.setattr(rl, "start_policy", lambda cfg, init: policy)
     monkeypatch.setattr(Play, "warm_up", lambda *arguments: None)
     monkeypatch.setattr(rl, "collect", lambda *arguments: given)
     monkeypatch.setattr(rl, "prepare", seen)
@@ -403,6 +403,7 @@ def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
             [
                 str(CONFIG),
                 f"run.dir={tmp_path}",
+                "ppo.init=none",
                 "ppo.reward_scale=0.1",
                 "ppo.gamma=0.5",
                 "ppo.lam=1",
