@@ -28,7 +28,7 @@ from lib.decoding import Decoding, join
 from lib.families import text_only
 from lib.images import ImageFeatures
 from lib.loading import load_base
-from lib.lora import add_lora, lora_layers, merged_weights
+from lib.lora import add_lora, learn_densely, lora_layers, merged_weights
 from lib.padding import answer_tokens, pad_left, pad_right
 from lib.prompts import PromptEncoder
 from lib.random_weights import FilledPromptEncoder
@@ -121,6 +121,8 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32
         self.tokens = dict.fromkeys(PHASES, 0)
+        if self.exact and self.merge_for_sampling:
+            learn_densely(lora_layers(self.net))
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self._set_up_text(model)

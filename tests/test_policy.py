@@ -164,7 +164,21 @@ def test_merging_the_adapter_for_sampling_changes_nothing_but_speed(make_policy,
     assert [n for n in weights if not torch.equal(weights[n], after[n])] == [
         n for n in [*merged.trainable][:4] if "lora_B" in n
     ]
-    assert torch.equal(logits(merged, turns), logits(plain, turns))
+    torch.testing.assert_close(logits(merged, turns), logits(plain, turns), rtol=0, atol=1e-4)
+
+
+def test_learning_by_dense_weights_gives_the_gradients_of_peft(make_policy, turns):
+    found = []
+    for merge in (True, False):
+        policy = make_policy(merge_for_sampling=merge)
+        scored = policy.score([alone(t) for t in turns[0.7][:4]], 0.7)
+        (scored["logprobs"].sum() + scored["entropy"].sum()).backward()
+        found.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
+    dense, plain = found
+    assert dense.keys() == plain.keys()
+    for name in plain:
+        scale = plain[name].abs().max().item()
+        torch.testing.assert_close(dense[name], plain[name], rtol=0, atol=1e-4 * scale, msg=name)
 
 
 def test_same_generator_same_answers(policy, prompts):
