@@ -1,5 +1,41 @@
 """A batch of prompts that a text model has read, continued token by token."""
 import torch
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 32  # tokens that a cache has room for before it is copied once more
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values (N, heads, T, C) that grow in place. transformers' own concatenates: it
+    copies all of them for every token."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.roomy = {"keys": layer.keys, "values": layer.values}  # as long as T or longer
+        self._show(layer.keys.shape[-2])
+
+    def _show(self, length):
+        for kind, states in self.roomy.items():
+            setattr(self, kind, states[..., :length, :])
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        for kind, new in (("keys", key_states), ("values", value_states)):
+            states = self.roomy[kind]
+            if states.shape[-2] < end:
+                room = new.new_empty(*states.shape[:-2], end + ROOM - start, states.shape[-1])
+                states = torch.cat([getattr(self, kind), room], -2)  # (N, heads, end + ROOM, C)
+                self.roomy[kind] = states
+            states[..., start:end, :] = new
+        self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        length = self.keys.shape[-2]
+        self.roomy = {kind: states[indices] for kind, states in self.roomy.items()}
+        self._show(length)
 
 
 class Decoding:
@@ -36,30 +72,25 @@ class Decoding:
 
 def join(parts):
     """One Decoding of several, rows one after the other; the parts give up their caches."""
-    if len(parts) == 1:
-        return parts[0]
     first = parts[0]
-    caches, masks, offsets = [], [], []
-    for part in parts:
-        caches.append(part.cache)
-        masks.append(part.mask)
-        offsets.append(part.position_offset)
-    _join_caches(caches)
-    first.mask = torch.cat(masks)  # (N, T)
-    first.position_offset = torch.cat(offsets)  # (N, 1)
+    first.mask = torch.cat([part.mask for part in parts])  # (N, T)
+    first.position_offset = torch.cat([part.position_offset for part in parts])  # (N, 1)
     for name in first.further:
         first.further[name] = torch.cat([part.further[name] for part in parts])
+    _join_caches([part.cache for part in parts])
     return first
 
 
 def _join_caches(caches):
     """Append the rows of all caches to the first, layer by layer: only one is there twice."""
-    for number, layer in enumerate(caches[0].layers):
+    first = caches[0].layers
+    for number, layer in enumerate(first):
         if not layer.is_initialized:  # without an image cross-attention has no keys
             continue
         layers = [cache.layers[number] for cache in caches]
         for kind in ("keys", "values"):
-            joined = torch.cat([getattr(one, kind) for one in layers])
+            states = [getattr(one, kind) for one in layers]
             for one in layers:
                 setattr(one, kind, None)
-            setattr(layer, kind, joined)
+            setattr(layer, kind, torch.cat(states) if len(states) > 1 else states[0])
+        first[number] = GrowingLayer(layer)
