@@ -36,9 +36,12 @@ def read_fields(answer, kinds):
     objects, texts = [], [answer]
     data = _decoded(answer, DECODER.decode)
     if isinstance(data, dict):
-        inner = list(data.values())
-        objects = [data, *(value for value in inner if isinstance(value, dict))]
-        texts += [value for value in inner if isinstance(value, str)]  # JSON in a text in JSON
+        objects.append(data)
+        for value in data.values():
+            if isinstance(value, dict):
+                objects.append(value)
+            elif isinstance(value, str):  # may hold JSON in its turn
+                texts.append(value)
     return {key: _field(key, kind, objects, texts) for key, kind in kinds.items()}
 
 
