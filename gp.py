@@ -410,7 +410,7 @@ class GeneralPoints:
     def reset(self, seed, progress=0.0):
         """Deal the hand that `seed` determines: the same ranks in words, pictures and all suits.
 
-        Args: progress has no effect here: a hand has one position only.
+        Args: seed: any integer; progress has no effect: a hand has one position only.
         Returns: (obs, info); info = {cluster: the value multiset}.
         """
         seed = index(seed)

@@ -51,18 +51,22 @@ WRONG = {"wrong_action": "the action is wrong",
 
 # ---------------------------------------------------------------- reading an answer
 KEYS = ("current observation", "current instruction", "action")
+# An action without its spaces, hyphens and quotes
 _MOVE = re.compile(r"(forward|stop)(?:\(\))?")
 _TURN = re.compile(r"turndirection(?:\((?:(?:x|direction)=)?(\w+)\)|(\w+))")
+# "<landmark> is on your left front" and the like
 _HALF = "left|right|front|behind|back|rear"
-_SEEN = re.compile(rf" is (?:located |situated |just |directly )*(?:on|to|at|in) "
-                   rf"(?:your|the|my) ({_HALF})(?:[ -]({_HALF}))?\b")
-# Where the clause begins that names a landmark: after a sentence, after "at an intersection,"
-_CLAUSE = re.compile(r".*(?:[.;!?\n]|\bintersection\b[^.;!?\n]{0,40}?"
-                     r"(?:[,:]|\b(?:and|with|where|while|but)\b))", re.DOTALL)
+_SEEN = re.compile(rf" is (?:located |situated |just |directly )*"
+                   rf"(?:(?:on|to|at|in) (?:your|the|my) ({_HALF})(?:[ -]({_HALF}))?\b|"
+                   r"(?:in )?(front|behind)(?: of)? (?:you|me)\b)")
+# What goes before the clause with a landmark: a sentence, or "you are at an intersection, and"
+_CLAUSE_BEFORE = re.compile(r".*(?:[.;!?\n]|\bintersection\b[^.;!?\n]{0,40}?"
+                            r"(?:[,:]|\b(?:and|with|where|while|but)\b))", re.DOTALL)
+# What goes before the landmark in its clause
 _LEAD = re.compile(r"^(?:(?:(?:(?:i am|i'm|you are|you're|we are) at )?the destination|"
                    r"(?:i|you|we)(?: can)? (?:see|observe)|there is|and|also|but|while|where|with|"
                    r"now|here|that|the|an?|your)[ ,:]+)+")
-_NO_LANDMARK = re.compile(r"(?:there is )?(?:no landmarks?|nothing|none)\b|.*\bnot$")
+_NO_LANDMARK = re.compile(r"(?:there is )?(?:no landmarks?|nothing|none)\b")
 _NO_INTERSECTION = re.compile(
     r"\bno (?:\w+ (?:or|and|nor) (?:an |any )?)?(?:\w+ )?intersection|"
     r"(?:\b(?:not|nor|never|neither|without|cannot)|n't)\b"
@@ -85,8 +89,8 @@ def sightings(observation):
     landmarks, rest, end = set(), "", 0
     for match in _SEEN.finditer(said):
         before = said[end:match.start()]
-        clause = _CLAUSE.match(before)
-        start = clause.end() if clause else 0
+        lead = _CLAUSE_BEFORE.match(before)
+        start = lead.end() if lead else 0
         name = before[start:].strip(" ,:")
         if not _NO_LANDMARK.match(name):
             landmarks.add((_LEAD.sub("", name), _side(*match.groups(""))))
@@ -231,7 +235,7 @@ class Navigation:
         """Start the walk that `seed` determines: the same under both rules, with and without
         pictures. Successive seeds take successive routes.
 
-        Args: progress: in [0, 1), where along the way to start.
+        Args: seed: any integer; progress: in [0, 1), where along the way to start.
         Returns: (obs, info) with info = {cluster: the route's key, positions: length of the rail}.
         """
         seed = index(seed)

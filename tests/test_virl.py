@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import soak_answers
 import test_routes
 from PIL import Image
 from test_routes import (COMPASS, FAR, SIDES, SIZES, STOPS, TURNS, between, blocks, degrees_apart,
@@ -346,7 +347,7 @@ CASES = [  # action of the answer, whether the observation is right, reward, cat
 
 @pytest.mark.parametrize("action, seen, reward, category, feedback", CASES, ids=str)
 def test_reward_and_message_of_a_wrong_action(at_cafe, action, seen, reward, category, feedback):
-    for observation in WELL_SEEN if seen else MISSEEN:
+    for observation in WELL_SEEN[:7] if seen else MISSEEN[:15]:
         env, answer = at_cafe(), said(action, observation)
         # the last one costs a point more
         for extra, attempt, last in ((0, 1, False), (-1, 2, True)):
@@ -368,6 +369,7 @@ def test_reports_where_there_is_nothing_to_see(at_cafe):
                               ("There is no intersection and no landmark", True),
                               ("There isn't an intersection", True),
                               ("No landmarks or intersections nearby", True),
+                              ("No landmark is in front of you", True),
                               ("No landmark is on your left", True),
                               ("No landmarks, but I am at an intersection", False),
                               ("There are no landmarks at this intersection.", False),
@@ -1060,6 +1062,24 @@ def test_nesting_at_any_depth_is_graded(depths):
                        f'{{"current observation": {nested}, "action": "stop()"}}'):
             env.reset(3)
             assert env.step(answer)[1] == -2.5
+
+
+def test_soak_runs_and_can_fail(monkeypatch, capsys):
+    """An exception, a slow answer, a right one refused, a broken file read: each is a failure."""
+    monkeypatch.setattr(soak_answers, "ROUTE_FILES", 20)
+    assert soak_answers.main(["300"]) == 0
+    every = len(list(soak_answers.malformed_files(random.Random(0))))
+    assert every > 150 and soak_answers.Soak().route_files(every) is None
+    assert "FAILED" not in capsys.readouterr().out
+    for where, name, value, told in (
+            (virl, "sightings", lambda observation: 1 / 0, "ZeroDivisionError"),
+            (soak_answers, "LIMIT", 0, " ms: "),
+            (virl, "read_answer", lambda answer: dict.fromkeys(virl.KEYS), "though right"),
+            (virl, "read_routes", lambda path: [virl.split_route("mini", 0, (2, 8))], "was read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert soak_answers.main(["100"]) == 1
+            assert told in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- bad arguments

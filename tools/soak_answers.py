@@ -30,19 +30,17 @@ MAX_SHOWN = 10  # failures that are printed
 ATTEMPTS = 100  # answers to one problem, which is then given up
 ROUTE_FILES = 100
 
-FORMULA = [*"0123456789", *"+-*/" * 3, *"()[]{}", "10", "24", "=", "=24", " ", ".", "×", "x", "\n"]
+FORMULA = [*"0123456789+-*/+-*/()[]{}=.×x \n", "10", "24", "=24"]
 CARDS = ["A", "10", "J", "K♠", "king of spades", "t", "1", 7, 10, None, True, 1e9, "", "♥",
          {"rank": "K", "suit": "hearts"}, {"rank": []}, ["K", "spades"], [[]]]
 WORDS = [word for words in RULES.values() for word in words]
-ACTION = ["forward()", "stop()", "forward", "turn_direction(", *WORDS, ")", "'", '"', ";", ".",
-          ", ", "x=", "-", " "]
-SIGHT = ["Blue Cafe", "The destination ", "the ", " is on your ", " is on the ", " is ", *SIDES,
-         ". ", ", ", " and ", "; ", "\n", "No landmarks nearby", "You are at an intersection", "not ",
-         "no ", "intersection", "n't ", "destination", "Joe's \"Best\" {Bar}", "’"]
+ACTION = [*"'\";.)- ", *"forward()|stop()|forward|turn_direction(|, |x=".split("|"), *WORDS]
+SIGHT = ["\n", *SIDES, *(
+    "Blue Cafe|Joe's \"Best\" {Bar}|The destination |the | is on your | is on the | is |. |, | and "
+    "|; |No landmarks nearby|You are at an intersection|not |no |intersection|n't |’").split("|")]
 KEYS = ["cards", "number", "formula", "current observation", "current instruction", "action"]
-PIECES = [*"\"'{}[]:,\\\n\t ", *(f'"{key}"' for key in KEYS), *(f"'{key}': " for key in KEYS),
-          '"formula": "', '"cards": [', "8/(3-8/3)", "forward()", "1e999", "-", "null", "```json\n",
-          "\\u2660", "\ud800", "\0"]
+PIECES = [*"\"'{}[]:,\\\n\t -\ud800\0", *(f'"{key}"' for key in KEYS), "'formula': ", "'cards': [",
+          *'"formula": "|"cards": [|8/(3-8/3)|forward()|1e999|null|```json\n|\\u2660'.split("|")]
 
 
 # ---------------------------------------------------------------- answers
