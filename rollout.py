@@ -51,7 +51,7 @@ class Environment(Protocol):
             `counts`. The last metric of the first report is the one drawn over compute.
         references: names of policies without a model that eval.py shows below the arms, or ().
         playing: may be absent; text for what is played whatever the split is called, such as
-            "routes nyc.json", or None: the split.
+            "routes VLN_mini/route_infos.json", or None: the split.
     """
     SETTINGS: ClassVar[dict]
     answer_key: str

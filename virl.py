@@ -214,7 +214,7 @@ class Navigation:
         self.image_size = image_size
         self.city = city
         self.hide_intersection_text = hide_intersection_text
-        self.playing = f"routes {Path(routes).name}" if routes else None
+        self.playing = f"routes {'/'.join(Path(routes).parts[-2:])}" if routes else None
         turns = [f"turn_direction({word})" for word in RULES[rule]]
         self._legal = {plain_action(action) for action in ("forward()", "stop()", *turns)}
         self.done = True  # nothing to answer before reset

@@ -83,8 +83,9 @@ class Panoramas:
             with open(table, newline="", encoding="utf-8") as file:
                 spots = [self._spot(row) for row in csv.DictReader(file)]
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+            reason = getattr(error, "strerror", None) or error
             advice = "" if table.exists() else self._advice()
-            raise ValueError(f"panoramas: {table}: {error}{advice}") from None
+            raise ValueError(f"panoramas: {table}: {reason}{advice}") from None
         refuse_unless(spots, f"panoramas: {table} has no rows")
         self.spots = sorted(spots)  # (on the globe, pano_id), from south to north
         for route in routes:

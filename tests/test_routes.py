@@ -680,7 +680,8 @@ def test_damaged_mapping_is_named(downloaded, convert, content):
     mapping = downloaded / "gps_pano_mapping.pkl"
     mapping.write_bytes(content)
     status, out, error = convert(mapping, downloaded / "street_views")
-    assert (status, out, error.count("\n")) == (2, "", 1) and error.startswith(f"{mapping}: ")
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"error: {mapping}: ")
 
 
 def test_mapping_or_folder_that_is_not_there_is_named(downloaded, convert):
@@ -688,4 +689,4 @@ def test_mapping_or_folder_that_is_not_there_is_named(downloaded, convert):
                       (downloaded / "gps_pano_mapping.pkl", downloaded / "none")):
         status, out, error = convert(*arguments)
         assert (status, out, error.count("\n")) == (2, "", 1)
-        assert "none" in error and "No such file" in error
+        assert re.match(r"error: \S.*none.*: No such file or directory$", error)

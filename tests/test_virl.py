@@ -902,7 +902,8 @@ def test_official_names_may_hold_anything(saved, name):
 
 def test_given_routes_are_what_is_played(saved):
     path = saved([entry()])
-    assert Navigation(routes=path, split="unseen").playing == f"routes {Path(path).name}"
+    *_, folder, name = Path(path).parts
+    assert Navigation(routes=path, split="unseen").playing == f"routes {folder}/{name}"
     assert Navigation().playing is None
 
 

@@ -28,7 +28,7 @@ class PlainUnpickler(pickle.Unpickler):
 def read_mapping(path):
     """[(latitude, longitude, pano_id)] of a pickled {(latitude, longitude): pano_id}.
 
-    Raises: ValueError naming the file and what is wrong with it.
+    Raises: OSError; ValueError naming the file and what is wrong with it.
     """
     try:
         with open(path, "rb") as file:
@@ -39,6 +39,8 @@ def read_mapping(path):
         for place, name in mapping.items():
             refuse_unless(isinstance(name, str), f"the pano_id {name!r} is no text")
             spots.append((*checked_geocode(place, repr(place)), name))
+    except OSError:
+        raise
     except Exception as error:  # a damaged pickle may raise any
         raise ValueError(f"{path}: {one_line(error)}") from None
     return spots
@@ -54,8 +56,11 @@ def main(arguments):
         spots = read_mapping(given.mapping)
         with open(table, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("lat", "lng", "pano_id"), *spots])
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(spots)} panoramas in {table}: give env.panoramas={given.pictures}")
     return 0
