@@ -17,8 +17,10 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, combinations, combinations_with_replacement, cycle, product
 from math import comb, factorial, prod
+from operator import index
 from typing import NamedTuple
 
+from lib.answers import read_fields
 from lib.checks import (check_settings, checked, choice, either, fields, flag, list_of, optional,
                         whole)
 from scenery import cards
@@ -33,7 +35,6 @@ SUIT_SETS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"),
              "mixed": tuple(cards.SUITS)}
 UNSEEN_SHARE = 8  # one value multiset in eight never occurs in any training stage
 MAX_FORMULA = 64  # tokens; a formula that uses four cards once needs at most a third of that
-MAX_ANSWER = 10_000  # characters read of an answer
 
 
 # ---------------------------------------------------------------- solving: exact, no search twice
@@ -150,21 +151,24 @@ def is_unseen(values):
 
 
 # ---------------------------------------------------------------- computing a formula
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
 class FormulaError(ValueError):
     """The formula is illegal; the text says why and goes back to the model."""
 
 
 def compute(formula):
-    """Value and numbers of a formula with + - * / ( ), exactly.
+    """Value and numbers of a formula with + - * / and brackets of any kind, exactly.
 
     Args: formula, any string.
     Returns: (Fraction, list of the integers used, in order).
     Raises: FormulaError for anything else, division by zero included. MAX_FORMULA bounds the work.
     """
-    bad = re.search(r"[^0-9+\-*/() ]", formula)
+    bad = re.search(r"[^0-9+\-*/()\[\]{}\s]", formula, re.ASCII)
     if bad:
         raise FormulaError(f"the formula has the illegal character {bad.group()!r}")
-    tokens = re.findall(r"\d+|[-+*/()]", formula)
+    tokens = re.findall(r"\d+|[-+*/()\[\]{}]", formula)
     if len(tokens) > MAX_FORMULA or len(formula) > 4 * MAX_FORMULA:
         raise FormulaError("the formula is too long")
     if not tokens:
@@ -206,9 +210,9 @@ def _factor(rest):
         return int(token)
     if token == "-":  # a leading minus, as in -1+9
         return -_factor(rest)
-    if token == "(":
+    if token in CLOSING:
         value = _sum(rest)
-        _expect(")", rest)
+        _expect(CLOSING[token], rest)
         rest.popleft()
         return value
     raise FormulaError("a number is missing in the formula")
@@ -217,53 +221,39 @@ def _factor(rest):
 def _expect(token, rest):
     """Raise what is wrong if a finished sum is not followed by this token."""
     if rest[0] != token:
-        if rest[0] in ("", ")"):
+        if rest[0] in ("", *CLOSING.values()):
             raise FormulaError("the formula has an unbalanced bracket")
         raise FormulaError("an operator is missing in the formula")
 
 
 # ---------------------------------------------------------------- reading and grading an answer
-CARDS = re.compile(r"""["']cards["']\s*:\s*\[([^\]]*)\]""")
-FORMULA = re.compile(r"""["']formula["']\s*:\s*["']([^"']*)["']""")
-
-
 class Answer(NamedTuple):
     """What an answer says; None for what is not found in it."""
-    cards: list | None  # strings
+    cards: list | None  # texts
     formula: str | None
 
 
 def read_answer(text):
     """The Answer in a text of any kind.
 
-    Strict JSON first; otherwise the first `"cards": [...]` and `"formula": "..."` found anywhere,
-    which also reads trailing commas, text around the object and single quotes. What follows `=` in
-    the formula is dropped, as the official reader does.
+    What follows `=` in the formula is dropped, as the official reader does, and a full stop.
     """
-    text = text[:MAX_ANSWER]
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        data = _search(text)
-    named, formula = data.get("cards"), data.get("formula")
-    named = [str(card) for card in named] if isinstance(named, list) else None
-    formula = formula.split("=")[0].strip() if isinstance(formula, str) else None
+    said = read_fields(text, {"cards": list, "formula": str})
+    named, formula = said["cards"], said["formula"]
+    if named is not None:
+        named = [_card_text(item) for item in named]
+    if formula is not None:
+        formula = formula.split("=")[0].strip().rstrip(".;,")
     return Answer(named, formula)
 
 
-def _search(text):
-    """The same fields as of a JSON object, found in a text that is none."""
-    data = {}
-    match = CARDS.search(text)
-    if match:
-        items = match.group(1).rstrip(", \r\n\t").split(",")
-        data["cards"] = [item.strip(" \"'\r\n\t") for item in items]
-    match = FORMULA.search(text)
-    if match:
-        data["formula"] = match.group(1)
-    return data
+def _card_text(item):
+    """A card of a list as text: "K", 10, {"rank": "K", "suit": "spades"} or ["K", "spades"]."""
+    if isinstance(item, dict):
+        ranks = [item[key] for key in ("rank", "card", "name", "value") if key in item]
+        item = [*ranks[:1], item.get("suit")]
+    parts = item if isinstance(item, list) else [item]
+    return " ".join(str(part) for part in parts if isinstance(part, (str, int)))
 
 
 def grade(formula, values, target):
@@ -420,10 +410,11 @@ class GeneralPoints:
     def reset(self, seed, progress=0.0):
         """Deal the hand that `seed` determines: the same ranks in words, pictures and all suits.
 
-        Args: progress has no effect here: a hand has one position only.
+        Args: seed: any integer; progress has no effect: a hand has one position only.
         Returns: (obs, info); info = {cluster: the value multiset}.
         """
-        self.rng = random.Random(seed)
+        seed = index(seed)
+        self.rng = random.Random(seed if seed >= 0 else str(seed))  # Random(-5) is Random(5)
         hand = self.rng.choices(self._hands, cum_weights=self._cumulative_odds)[0]
         self.cards = self.rng.sample(hand, 4)
         self.values = sorted(self.number[card] for card in self.cards)
@@ -443,10 +434,10 @@ class GeneralPoints:
         """The table as an image; cards of one rank differ in suit as long as there are suits."""
         allowed = SUIT_SETS[self.suits]
         suits = {rank: cycle(rng.sample(allowed, len(allowed))) for rank in RANKS}
-        table = [(rank, next(suits[rank])) for rank in self.cards]
+        self.table = [(rank, next(suits[rank])) for rank in self.cards]
         if self.jitter:
-            rng.shuffle(table)
-        return cards.draw_table(table, *self.image_size, jitter=rng if self.jitter else None)
+            rng.shuffle(self.table)
+        return cards.draw_table(self.table, *self.image_size, jitter=rng if self.jitter else None)
 
     def _obs(self):
         return {"messages": list(self.messages), "image": self.image}
@@ -455,8 +446,8 @@ class GeneralPoints:
         """Grade one whole answer, of any text.
 
         Returns: (obs, reward in the paper's points, terminated, truncated, info) as in rollout.py;
-        info's category is a key of REWARDS or, gated, "misread"; recognized: `cards` match the
-        table as a multiset; action is None: the expert's has one type. The verifier's text never
+        info's category is a key of REWARDS or, gated, "misread"; recognized: `cards` are those
+        on the table; action is None: the expert's has one type. The verifier's text never
         says which cards lie in a picture.
         Raises: RuntimeError if the episode is over.
         """
@@ -464,7 +455,7 @@ class GeneralPoints:
             raise RuntimeError("the episode is over: call reset(seed)")
         self.attempt += 1
         read = read_answer(answer)
-        recognized = sorted(read.cards or ()) == sorted(self.cards)
+        recognized = self._recognizes(read.cards or ())
         category, reward, reason = self._grade(read, recognized)
         terminated = category == "correct"
         truncated = not terminated and self.attempt == self.verify_iters
@@ -481,6 +472,14 @@ class GeneralPoints:
                 "action": None, "attempt": self.attempt, "feedback": feedback,
                 "cluster": str(self.values)}
         return self._obs(), reward, terminated, truncated, info
+
+    def _recognizes(self, named):
+        """Whether texts name the cards on the table, in any order; suits need not be named."""
+        read = [cards.read_card(text) for text in named]
+        if sorted(card.rank for card in read) != sorted(self.cards):
+            return False
+        suited = Counter(card for card in read if card.suit)
+        return not self.image_size or suited <= Counter(self.table)
 
     def _grade(self, read, recognized):
         """Category and reward of an Answer, and the reason to give for it."""

@@ -50,6 +50,8 @@ class Environment(Protocol):
         reports: [(name, title, metrics), ..], the tables of an evaluation; metrics are those of
             `counts`. The last metric of the first report is the one drawn over compute.
         references: names of policies without a model that eval.py shows below the arms, or ().
+        playing: may be absent; text for what is played whatever the split is called, such as
+            "routes VLN_mini/route_infos.json", or None: the split.
     """
     SETTINGS: ClassVar[dict]
     answer_key: str

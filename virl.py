@@ -14,15 +14,18 @@ import re
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import index
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from lib.answers import MAX_ANSWER, read_fields
 from lib.checks import check_settings, checked, choice, flag, list_of, optional, text, whole
 from scenery import streets
 from scenery.official import read_routes
 from scenery.panoramas import panoramas_of
-from scenery.routes import COMPASS, SIDES, SPLITS, octant, split_route, stream, turn_word
+from scenery.routes import COMPASS, SPLITS, octant, split_route, stream, turn_word
 
 TURNS = ("left", "right", "slightly left", "slightly right")
 RULES = {"absolute": COMPASS, "relative": TURNS}  # what turn_direction() takes
@@ -48,45 +51,72 @@ WRONG = {"wrong_action": "the action is wrong",
 
 # ---------------------------------------------------------------- reading an answer
 KEYS = ("current observation", "current instruction", "action")
-_SIDE = "|".join(sorted(SIDES, key=len, reverse=True))  # "left front" before "left"
-_SEEN = re.compile(rf"(?:the destination )?(.+?) is on your ({_SIDE})\b")
+# An action without its spaces, hyphens and quotes
+_MOVE = re.compile(r"(forward|stop)(?:\(\))?")
+_TURN = re.compile(r"turndirection(?:\((?:(?:x|direction)=)?(\w+)\)|(\w+))")
+# "<landmark> is on your left front" and the like
+_HALF = "left|right|front|behind|back|rear"
+_SEEN = re.compile(rf" is (?:located |situated |just |directly )*"
+                   rf"(?:(?:on|to|at|in) (?:your|the|my) ({_HALF})(?:[ -]({_HALF}))?\b|"
+                   r"(?:in )?(front|behind)(?: of)? (?:you|me)\b)")
+# What goes before the clause with a landmark: a sentence, or "you are at an intersection, and"
+_CLAUSE_BEFORE = re.compile(r".*(?:[.;!?\n]|\bintersection\b[^.;!?\n]{0,40}?"
+                            r"(?:[,:]|\b(?:and|with|where|while|but)\b))", re.DOTALL)
+# What goes before the landmark in its clause
+_LEAD = re.compile(r"^(?:(?:(?:(?:i am|i'm|you are|you're|we are) at )?the destination|"
+                   r"(?:i|you|we)(?: can)? (?:see|observe)|there is|and|also|but|while|where|with|"
+                   r"now|here|that|the|an?|your)[ ,:]+)+")
+_NO_LANDMARK = re.compile(r"(?:there is )?(?:no landmarks?|nothing|none)\b")
+_NO_INTERSECTION = re.compile(
+    r"\bno (?:\w+ (?:or|and|nor) (?:an |any )?)?(?:\w+ )?intersection|"
+    r"(?:\b(?:not|nor|never|neither|without|cannot)|n't)\b"
+    r"(?:(?!\b(?:and|but)\b)[^,.;\n]){0,40}\bintersection|"
+    r"\bintersections?(?::| is| are)* (?:not|no|none|false)\b|"
+    r"\b(?:next|until the|until an) intersection")
 
 
 def read_answer(answer):
-    """What an answer says, {key of KEYS: text, or None where it is missing or no text}.
-
-    Strict JSON first; else the first `"key": "..."` anywhere.
-    """
-    try:
-        data = json.loads(answer)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        data = {}
-        for key in KEYS:
-            match = re.search(rf"""["']{key}["']\s*:\s*(?:"([^"]*)"|'([^']*)')""", answer)
-            data[key] = match[match.lastindex] if match else None
-    return {key: data[key] if isinstance(data.get(key), str) else None for key in KEYS}
+    """What an answer says, {key of KEYS: text, or None where it is missing or no text}."""
+    return read_fields(answer, dict.fromkeys(KEYS, str))
 
 
 def sightings(observation):
     """What an observation claims: (set of (landmark, side), whether at an intersection).
 
-    In lower case; the order of its sentences does not matter.
+    In lower case; the order of its sentences and clauses does not matter, nor do articles.
     """
-    landmarks, at_intersection = set(), False
-    for sentence in re.split(r"[.;\n]", observation.lower()):
-        match = _SEEN.match(sentence.strip())
-        if match:
-            landmarks.add(match.groups())
-        elif "intersection" in sentence:
-            at_intersection = True
-    return landmarks, at_intersection
+    said = observation[:MAX_ANSWER].lower().replace("’", "'")
+    landmarks, rest, end = set(), "", 0
+    for match in _SEEN.finditer(said):
+        before = said[end:match.start()]
+        lead = _CLAUSE_BEFORE.match(before)
+        start = lead.end() if lead else 0
+        name = before[start:].strip(" ,:")
+        if not _NO_LANDMARK.match(name):
+            landmarks.add((_LEAD.sub("", name), _side(*match.groups(""))))
+        rest += before[:start] + "\n"
+        end = match.end()
+    rest = _NO_INTERSECTION.sub("", rest + said[end:])
+    return landmarks, "intersection" in rest
 
 
-def _squeezed(action):
-    """An action as it is compared: case and spaces do not matter."""
-    return "".join(action.lower().split())
+def _side(*halves):
+    """Of SIDES, from its words in any order: "left front" from "front" and "left"."""
+    words = ["behind" if half in ("back", "rear") else half for half in halves if half]
+    words.sort(key=("left", "right", "front", "behind").index)
+    return " ".join(words)
+
+
+def plain_action(action):
+    """An action as it is compared, such as "forward" or "turn northwest"; "" for none.
+
+    Case, spaces, hyphens, quotes and a full stop or semicolon at its end do not matter.
+    """
+    squeezed = re.sub(r"[\s\"'`_-]", "", action.lower()).rstrip(".;,")
+    move, turn = _MOVE.fullmatch(squeezed), _TURN.fullmatch(squeezed)
+    if move:
+        return move[1]
+    return f"turn {turn[1] or turn[2]}" if turn else ""
 
 
 # ---------------------------------------------------------------- a walk
@@ -184,8 +214,9 @@ class Navigation:
         self.image_size = image_size
         self.city = city
         self.hide_intersection_text = hide_intersection_text
+        self.playing = f"routes {'/'.join(Path(routes).parts[-2:])}" if routes else None
         turns = [f"turn_direction({word})" for word in RULES[rule]]
-        self._legal = {_squeezed(action) for action in ("forward()", "stop()", *turns)}
+        self._legal = {plain_action(action) for action in ("forward()", "stop()", *turns)}
         self.done = True  # nothing to answer before reset
 
         self.reports = [
@@ -204,9 +235,10 @@ class Navigation:
         """Start the walk that `seed` determines: the same under both rules, with and without
         pictures. Successive seeds take successive routes.
 
-        Args: progress: in [0, 1), where along the way to start.
+        Args: seed: any integer; progress: in [0, 1), where along the way to start.
         Returns: (obs, info) with info = {cluster: the route's key, positions: length of the rail}.
         """
+        seed = index(seed)
         if self._routes:
             self.route = self._routes[seed % len(self._routes)]
         else:
@@ -338,15 +370,15 @@ class Navigation:
     def _grade(self, answer):
         """The Grade of an answer at the current position."""
         read = read_answer(answer)
-        action = _squeezed(read["action"] or "")
+        action = plain_action(read["action"] or "")
         observation = read["current observation"]
         truth = sightings(self.rail[self.at].observation)
         recognized = observation is not None and sightings(observation) == truth
-        if action == _squeezed(self.action()):
+        if action == plain_action(self.action()):
             return Grade("correct", REWARDS["correct"], recognized, "")
         wrong = "wrong_action" if recognized else "wrong_observation"
         reward = REWARDS[wrong]  # of an illegal action, too
-        if not action:
+        if not (read["action"] or "").strip():
             return Grade("illegal", reward, recognized, WRONG["missing"])
         if action not in self._legal:
             return Grade("illegal", reward, recognized, WRONG["illegal"])

@@ -5,9 +5,11 @@ the typeface embedded in Pillow: no artwork is bundled or loaded. Each card is d
 its size or more, scaled down once (that smooths its edges) and cached. Lengths inside a card are in
 hundredths of its width: a card is 100 wide and 140 high.
 """
+import re
 from functools import lru_cache
 from math import ceil, cos, pi, sin
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
@@ -40,6 +42,31 @@ PIPS = {
     "6": (THREE, ()), "7": (THREE, (1 / 4,)), "8": (THREE, (1 / 4, 3 / 4)),
     "9": (FOUR, (1 / 2,)), "10": (FOUR, (1 / 6, 5 / 6)),
 }
+
+
+# ---------------------------------------------------------------- names of cards
+RANK_NAMES = {rank.lower(): rank for rank in RANKS} | {"1": "A", "t": "10"} | dict(zip(
+    "ace two three four five six seven eight nine ten jack queen king".split(), RANKS))
+SUIT_NAMES = dict(zip("♠♣♥♦♤♧♡♢", (*SUITS, *SUITS)))
+for _suit in SUITS:
+    SUIT_NAMES |= {_suit: _suit, _suit[:-1]: _suit, _suit[0]: _suit}
+_RANK = "|".join(sorted(RANK_NAMES, key=len, reverse=True))
+_SUIT = "|".join(sorted(SUIT_NAMES, key=len, reverse=True))
+_NAMED = re.compile(rf"({_SUIT})?[\s_-]*({_RANK})(?:[\s_-]*(?:of[\s_-]+)?({_SUIT}))?")
+
+
+class Card(NamedTuple):
+    """What a text names."""
+    rank: str  # of RANKS; "": no card
+    suit: str | None  # of SUITS; None: not said
+
+
+def read_card(text):
+    """The Card that a text names: "K", "1" (an ace), "K♠", "KS", "king of spades", "spades K"."""
+    match = _NAMED.fullmatch(text.lower().replace("\ufe0f", "").strip())
+    if not match or match[1] and match[3]:
+        return Card("", None)
+    return Card(RANK_NAMES[match[2]], SUIT_NAMES.get(match[1] or match[3]))
 
 
 # ---------------------------------------------------------------- suits and letters

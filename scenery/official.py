@@ -39,11 +39,14 @@ class Route:
     scene: Scene | None  # what the renderer draws, for synthetic routes
 
     def pauses(self, leg):
-        """The four places on a leg where a walk may pause (official); None if too near an end."""
+        """The four places on a leg where a walk may pause; None if within 8 m of an end (official).
+
+        Synthetic routes keep 12 m clear of the destination: the bundled models learnt these.
+        """
         a, b = self.points[leg], self.points[leg + 1]
         length = math.dist(a, b)
         is_last = leg == len(self.headings) - 1
-        clear = 12 if is_last else 8  # metres before the end
+        clear = 12 if is_last and self.scene else 8  # metres before the end
         places = []
         for share in (1 / 5, 2 / 5, 3 / 5, 4 / 5):
             fits = share * length > 8 and (1 - share) * length > clear
@@ -128,23 +131,44 @@ def _scene(data):
 
 
 # ---------------------------------------------------------------- routes
-def _value(block, name):
-    """Value of `name` in a block of milestone_info, which looks like JSON but is not.
+_KEY_WITHIN = re.compile(  # of a file whose blocks are not a line per key
+    r"""([{,]\s*["'](?:intersection_idx|landmarks|distance|\w*heading)["']\s*:)""")
+_NO_LANDMARK = re.compile(r"|-|null|nil|n/?a|(none|nothing)( nearby)?|"
+                          r"(there (is|are) )?no (nearby )?landmarks?\b(?!.* is on your ).*")
 
-    Returns: text; None if it is absent or empty.
+
+def _blocks(info):
+    """The blocks of milestone_info, [{key: text}], read line by line as the official reader does.
+
+    It looks like JSON but is not: there is a comma too many, and names may hold quotes and braces.
     """
-    field = rf"""["']?\b{name}["']?\s*:\s*"""
-    match = re.search(field + r"""(?:"([^"]*)"|'([^']*)'|([^,\n}]*))""", block)
-    if not match:
-        return None
-    value = match[match.lastindex].strip()
-    return None if value.lower() in ("", "none", "null") else value
+    blocks = []
+    for line in _KEY_WITHIN.sub(r"\n\1", info).split("\n"):
+        line = line.strip(" \t\r[],")
+        field = line.lstrip("{}, \t")
+        if "{" in line[:len(line) - len(field)]:
+            blocks.append({})
+        key, colon, value = field.partition(":")
+        if colon and blocks:
+            blocks[-1][key.strip(" \"'")] = _unquoted(value.strip().rstrip("]}, \t"))
+    return blocks
+
+
+def _unquoted(text):
+    """A text without the quotes around it."""
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1].strip() if is_quoted else text
+
+
+def _landmark(block):
+    """The landmark that a block of milestone_info names; None if there is none."""
+    text = block.get("landmarks", "")
+    return None if _NO_LANDMARK.fullmatch(text.lower().strip(" .!")) else text
 
 
 def _heading(block, i):
     """Whole degrees of the leg that a block of milestone_info describes."""
-    text = _value(block, "to_next_intersection_heading") or ""
-    match = re.match(r"(\d{1,3})(?!\d)", text)
+    match = re.match(r"(\d{1,3})(?!\d)", block.get("to_next_intersection_heading", ""))
     refuse_unless(match and int(match[1]) <= 360,
                   f'milestone_info[{i}].to_next_intersection_heading is not like "212 (southwest)"')
     return int(match[1]) % 360
@@ -163,7 +187,7 @@ def read_route(data, key):
     refuse_unless(isinstance(geocodes, list) and geocodes,
                   "route_results.geocode_list is not a list of geocodes")
     refuse_unless(isinstance(info, str), "milestone_info is not text")
-    blocks = re.findall(r"\{([^{}]*)\}", info)
+    blocks = _blocks(info)
     refuse_unless(len(blocks) == len(geocodes),
                   f"milestone_info has {len(blocks)} blocks for {len(geocodes)} entries of "
                   "route_results.geocode_list")
@@ -176,7 +200,7 @@ def read_route(data, key):
         lat, lng = checked_geocode(milestone, f"route_results.geocode_list[{i}]")
         points.append(((lng - start[1]) * lng_metres, (lat - start[0]) * METRES))
         headings.append(_heading(block, i))
-        landmarks.append(_value(block, "landmarks"))
+        landmarks.append(_landmark(block))
     refuse_unless(landmarks[-1] and "destination" in landmarks[-1].lower(),
                   f"milestone_info[{len(blocks) - 1}].landmarks does not name the destination")
     scene = _scene(data) if data.get("synthetic") else None

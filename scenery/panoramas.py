@@ -8,6 +8,7 @@ from bisect import bisect_left
 import json
 import math
 import re
+import shlex
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,7 +68,8 @@ class Panoramas:
     """Panoramas and which of them stands for a place.
 
     The folder holds panoramas.csv (lat, lng, pano_id), <pano_id>.jpg (equirectangular) and
-    <pano_id>.metadata.json, whose "rotation" is the compass heading of the picture's middle.
+    <pano_id>.metadata.json, by whose "rotation" the view at a heading looks heading - 180 +
+    rotation degrees clockwise from the picture's middle (official street_view.py).
 
     Raises: ValueError naming the file and what is wrong with it, or the route and the place that
     has no panorama.
@@ -81,12 +83,25 @@ class Panoramas:
             with open(table, newline="", encoding="utf-8") as file:
                 spots = [self._spot(row) for row in csv.DictReader(file)]
         except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-            raise ValueError(f"panoramas: {table}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            advice = "" if table.exists() else self._advice()
+            raise ValueError(f"panoramas: {table}: {reason}{advice}") from None
         refuse_unless(spots, f"panoramas: {table} has no rows")
         self.spots = sorted(spots)  # (on the globe, pano_id), from south to north
         for route in routes:
             for place in route.places():
                 self._find(route, place)
+
+    def _advice(self):
+        """How to make panoramas.csv, where the official mapping lies here or one folder up."""
+        for folder in (self.folder, self.folder.parent):
+            mapping, pictures = folder / "gps_pano_mapping.pkl", folder / "street_views"
+            if mapping.exists():
+                tool = ["python", "tools/panoramas_csv.py", str(mapping), str(pictures)]
+                command = shlex.join(tool)
+                return (f"; `{command}` makes it of the official mapping: then give "
+                        f"env.panoramas={pictures}")
+        return ""
 
     def _spot(self, row):
         """Where the panorama of a row of panoramas.csv was taken, and its pano_id."""
@@ -127,7 +142,7 @@ class Panoramas:
         name = self._find(route, place)
         try:
             with Image.open(self.folder / f"{name}.jpg") as picture:
-                yaw = heading - self.rotations[name]
+                yaw = heading - 180 + self.rotations[name]
                 return panorama_views(picture.convert("RGB"), yaw, size)
         except (OSError, ValueError) as error:
             raise ValueError(f"panoramas: {self.folder / name}.jpg: {error}") from None

@@ -28,6 +28,29 @@ SMALL = [PACK[i::13] for i in range(13)]  # the pack again, other neighbours
 DEAL = [("K", "spades"), ("10", "hearts"), ("A", "clubs"), ("7", "diamonds")]
 
 
+# ---------------------------------------------------------------- names of cards
+WORDS = "ace two three four five six seven eight nine ten jack queen king".split()
+LETTERS = [*"A23456789TJQK"]
+
+
+def test_every_spelling_of_every_card_is_read():
+    """By words, letters and symbols, the suit behind or before or not said."""
+    symbols = dict(zip("spades clubs hearts diamonds".split(), "♠♣♥♦"))
+    for rank, word, letter in zip(RANKS, WORDS, LETTERS):
+        for spelt in (rank, word, letter, word.upper(), f" {rank.lower()} "):
+            assert cards.read_card(spelt) == (rank, None)
+        for suit, symbol in symbols.items():
+            for spelt in (f"{rank}{symbol}", f"{symbol}{rank}", f"{letter}{suit[0]}",
+                          f"{word} of {suit}", f"{rank} {suit}", f"{suit[:-1].title()}-{letter}"):
+                assert cards.read_card(spelt) == (rank, suit), spelt
+
+
+@pytest.mark.parametrize("text", ["", "11", "0", "1 0", "joker", "spades", "♠", "KK", "♠K♠", "K of",
+                                  "card", "of", "Κ", "１", "k" * 10_000, "\ud800"])
+def test_what_names_no_card_is_none(text):
+    assert cards.read_card(text) == ("", None)
+
+
 # ---------------------------------------------------------------- a reader of its own
 def runs(flags):
     """[(start, end)] of the stretches of True."""

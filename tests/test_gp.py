@@ -17,6 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations_with_replacement, count, permutations, product
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -226,6 +227,11 @@ CASES = [  # formula, reward of an answer that is not the last, what the verifie
     (" ( (8) ) / ( 3 - (8/3) ) ", 5, ""),
     ("-8/(--(8/3)+-3)", 5, ""),  # unary minus is legal
     (RIGHT + " = 25 = x", 5, ""),  # what follows '=' is dropped, whatever it says
+    ("8/[3-8/3]", 5, ""),
+    ("{8}/[(3)-{8/3}] = 24", 5, ""),
+    (RIGHT + ".", 5, ""),
+    (RIGHT + " ;", 5, ""),
+    ("8/(3\n- 8/3)\t", 5, ""),
     (WRONG + "=24", -1, "the formula equals 22 instead of 24"),
     ("8-3-3+8", -1, "the formula equals 10 instead of 24"),  # from left to right
     ("8/3/8*3", -1, "the formula equals 1 instead of 24"),
@@ -243,6 +249,9 @@ CASES = [  # formula, reward of an answer that is not the last, what the verifie
     ("3*8/(8-8/(3-3))", -3, "divides by zero"),
     ("8/(3-8/3", -3, "unbalanced bracket"),
     ("8/(3-8)/3)", -3, "unbalanced bracket"),
+    ("8/(3-8/3]", -3, "unbalanced bracket"),
+    ("8/[3-{8/3]}", -3, "unbalanced bracket"),
+    ("8/3]", -3, "unbalanced bracket"),
     ("3+3+8+", -3, "a number is missing"),
     ("3+()+8+8", -3, "a number is missing"),
     ("3**8", -3, "a number is missing"),  # Python's power and floor division do not exist here
@@ -253,7 +262,9 @@ CASES = [  # formula, reward of an answer that is not the last, what the verifie
     ("3+3+8x8", -3, "illegal character 'x'"),
     ("8.0*3", -3, "illegal character '.'"),
     ("3+3+8+８", -3, "illegal character '８'"),  # a full-width digit is \d to `re`
-    ("3+3\n+8+8", -3, "illegal character '\\n'"),
+    ("3×8", -3, "illegal character '×'"),  # operators are those of ASCII
+    ("3\u2003+8", -3, "illegal character"),  # and so are spaces
+    (RIGHT + ", " + RIGHT, -3, "illegal character ','"),
     ("+".join("3" * 65), -3, "too long"),
     (None, -3, 'no "formula" was found in the answer'),
     (24, -3, 'no "formula" was found in the answer'),
@@ -353,6 +364,65 @@ def test_nearly_json_is_read_and_its_first_fields_count(answer):
     assert (reward, info["recognized"]) == (5, True)
     _, reward, *_, info = deal_3388().step("{" + BAD + "} no, " + answer)
     assert (reward, info["recognized"]) == (-2, False)
+
+
+@pytest.mark.parametrize("frame", [
+    '{"answer": {%s}}', '{"answer": {%s},}', '{"thoughts": "3+8?", "output": {%s}}',
+    '{"a": {"b": {%s}}}', '{"attempts": [{%s}]}', '{"first": {%s}, "then": {%s}}' % ("%s", BAD)])
+def test_an_object_may_hold_the_answer(frame):
+    for good in (GOOD, GOOD.replace('"formula"', '"Formula"'), GOOD.replace('"cards"', '"CARDS"')):
+        _, reward, *_, info = deal_3388().step(frame % good)
+        assert (reward, info["recognized"]) == (5, True)
+
+
+def test_answer_that_is_a_text_in_json_is_read():
+    _, reward, *_, info = deal_3388().step(json.dumps({"answer": "{" + GOOD + "}"}))
+    assert (reward, info["recognized"]) == (5, True)
+
+
+@pytest.mark.parametrize("answer", [
+    '{"formula": "%s", "formula": "%s"}', '{"formula": "%s", "answer": {"formula": "%s"}}',
+    '{"formula": "%s"} {"formula": "%s"}', '{"a": {"formula": "%s"}, "b": {"formula": "%s"}}'])
+def test_first_formula_counts(answer):
+    assert deal_3388().step(answer % (RIGHT, WRONG))[1] == 5
+    assert deal_3388().step(answer % (WRONG, RIGHT))[1] == -1
+
+
+def pictured_hand(*hand):
+    """An environment whose picture shows these (rank, suit) cards."""
+    env = deal(*(rank for rank, _ in hand), image_size=[112, 112], verify_iters=100)
+    env.table = list(hand)
+    return env
+
+
+@pytest.mark.parametrize("king", [
+    "K", "k", "King", "KING", "K♠", "♠K", "K ♠\ufe0f", "KS", "ks", "K of spades", "King of Spades",
+    "Spade K", "king-spades", "K_of_spades", {"rank": "K"}, {"rank": "king", "suit": "spades"},
+    {"suit": "♠", "rank": "K"}, {"card": "K♠"}, {"Rank": "K", "value": 13}, ["K", "spades"]])
+@pytest.mark.parametrize("ten, ace", [("T", 1), ("ten", "1"), (10, "Ace"), ("10c", "A of hearts")])
+def test_cards_may_be_spelt_otherwise(king, ten, ace):
+    env = pictured_hand(("A", "hearts"), ("K", "spades"), ("10", "clubs"), ("4", "spades"))
+    for named, right in (([king, ten, ace, "four"], True), ([king, ten, ace, "5"], False),
+                         ([king, ten, ace], False), ([king, ten, ace, "4", "4"], False)):
+        assert env.step(json.dumps({"cards": named, "formula": "1"}))[4]["recognized"] is right
+
+
+@pytest.mark.parametrize("card", [
+    "K♥", "K of hearts", "Q", "KK", "K Q", "13", "joker", "", "spades", "of spades", "K♠♠", "♠K♠",
+    "K of", "K of kings", "‍K♠ 7", {"suit": "spades"}, {}, [], None, 13, True, [["K"]], "Кing"])
+def test_what_names_another_card_or_none_is_misread(card):
+    env = pictured_hand(("A", "hearts"), ("K", "spades"), ("10", "clubs"), ("4", "spades"))
+    answer = json.dumps({"cards": ["A", card, "10", "4"], "formula": "1"})
+    assert not env.step(answer)[4]["recognized"]
+
+
+def test_suits_count_only_where_they_can_be_seen():
+    env = pictured_hand(("6", "spades"), ("6", "clubs"), ("6", "spades"), ("6", "clubs"))
+    for named, right in (("6♠ 6♠ 6♣ 6♣", True), ("6♠ 6 6 6♣", True), ("6♠ 6♠ 6♠ 6", False)):
+        answer = json.dumps({"cards": named.split(), "formula": "1"})
+        assert env.step(answer)[4]["recognized"] is right
+    words = deal(*"6666")
+    assert words.step(json.dumps({"cards": ["6♠"] * 4, "formula": "1"}))[4]["recognized"]
 
 
 @pytest.mark.parametrize("cards, recognized", [
@@ -605,6 +675,26 @@ def test_same_seed_same_episode_whatever_happened_before():
     other.mistake()
     assert [play(other, seed) for seed in reversed(range(20))][::-1] == episodes
     assert len({str(e[0]) for e in episodes}) > 15  # and other seeds deal other hands
+
+
+@pytest.mark.parametrize("look", [{}, {"image_size": [112, 112], "jitter": True}], ids=str)
+def test_any_integer_is_a_seed_of_its_own(look):
+    env = GeneralPoints(expert="varied", **look)
+
+    def start(seed):
+        obs, info = env.reset(seed)
+        image = obs["image"] and obs["image"].tobytes()
+        return env.cards, env.mistake(), env.mistake(), env.mistake(), info, image
+
+    seeds = [*range(-20, 20), 10 ** 30, -10 ** 30, 2 ** 63]
+    assert len({str(start(seed)) for seed in seeds}) == len(seeds)
+    assert len({str(start(seed)[0]) for seed in range(-40, 0)}) > 30
+    for kind in (np.int64, np.int8, np.uint8):
+        assert start(kind(5)) == start(5)
+    assert start(np.int64(-5)) == start(-5) == start(-5)
+    for wrong in (None, 5.0, "5"):
+        with pytest.raises(TypeError):
+            env.reset(wrong)
 
 
 def test_pictures_change_nothing_about_the_game():

@@ -4,13 +4,20 @@ import copy
 import hashlib
 import json
 import math
+import os
+import pickle
 import random
 import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from functools import lru_cache
 from itertools import count
 
+import panoramas_csv
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from scenery import official as official_file
@@ -325,6 +332,41 @@ def test_what_files_may_differ_in(saved, route):
     assert {**plain, "key": ""} == {**other, "key": ""} and plain["key"] != other["key"]
 
 
+@pytest.mark.parametrize("text", [
+    "No landmark nearby", "No landmarks nearby", "No landmarks nearby.", "no landmark",
+    "NO LANDMARK", "No landmark is nearby", "There is no landmark nearby.",
+    "no nearby landmarks", "N/A", "n/a.", "NA", "None", "none nearby", "Nothing", "null",
+    "", " ", "-"])
+@pytest.mark.parametrize("how", ['"{}"', "'{}'", "{}"])
+def test_landmark_that_is_none(saved, text, how):
+    route = variant(milestone_info=INFO.replace('"None"', how.format(text)))
+    assert official_file.read_routes(saved([route]))[0].landmarks[1] is None
+
+
+@pytest.mark.parametrize("name", [
+    'Joe\'s "Best" Bar', '"Best" Bar', "Cafe {Paris}", "{", "}", "A, B: C", "[x]",
+    "No Landmark Cafe", "None", "N/A", "Bar, \'distance\' {", "landmarks: Bar", "Ü"])
+def test_landmark_may_have_any_name(saved, name):
+    """As the official reader does: line by line, between the quotes."""
+    text = f"{name} is on your left front"
+    for info in (INFO, INFO.replace("\n", "\r\n"), INFO.replace("},\n{", "}, {"),
+                 INFO.replace('{\n"', '{"').replace(",\n}", "}")):
+        route = variant(milestone_info=info.replace('"None"', f'"{text}"'))
+        read = official_file.read_routes(saved([route]))[0]
+        assert read.landmarks == (EXAMPLE[0][2], text, EXAMPLE[2][2])
+        assert read.headings == (29, 299, 350)
+
+
+def test_pauses_keep_8_metres_clear_of_the_destination_if_no_model_was_trained_without(saved):
+    legs = [(29, 60, None), (299, 25, "The destination Town Hall is on your left")]
+    (route,) = official_file.read_routes(saved([entry(legs)]))
+    clear = [place and round(math.dist(place, route.points[2])) for place in route.pauses(1)]
+    assert clear == [None, 15, 10, None]  # 5 m are too near the other end
+    made = routes.split_route("train", 0, (2, 8))
+    for place in filter(None, made.pauses(len(made.headings) - 1)):
+        assert math.dist(place, made.points[-1]) > 12
+
+
 @pytest.mark.parametrize("init, heading",
                          [(0, None), (0.0, None), (-0.0, None), (None, None), ("absent", None),
                           (75, 75), (75.2, 75),
@@ -484,7 +526,8 @@ def test_nearest_panorama_is_turned_to_the_heading(taken, monkeypatch):
     real, route = taken(), official_file.read_route(FAR, "")
     for place in STOPS:
         real.view(route, place, 75, 64)
-    assert made == [(i, 75 - 10 * i - 0.5, 64) for i in range(11)]
+    assert [(i, yaw % 360, size) for i, yaw, size in made] == [
+        (i, (75 - 180 + 10 * i + 0.5) % 360, 64) for i in range(11)]
 
 
 def test_snapping_reaches_20_metres(taken):
@@ -548,8 +591,9 @@ def test_real_views_look_front_right_back_and_left(tmp_path, heading, rotation):
     the right one."""
     picture = Image.new("RGB", (720, 360))
     for x in range(720):
-        # the picture's middle looks to `rotation`
-        east, north = vector(rotation + ((x + 0.5) / 720 - 0.5) * 360)
+        # official street_view.py: the view at a heading looks to this angle right of the middle
+        right_of_middle = ((x + 0.5) / 720 - 0.5) * 360  # = heading - 180 + rotation
+        east, north = vector(right_of_middle + 180 - rotation)
         picture.paste((round(128 + 100 * east), round(128 + 100 * north), 128), (x, 0, x + 1, 360))
     picture.save(tmp_path / "a.jpg", quality=95, subsampling=0)
     (tmp_path / "a.metadata.json").write_text(json.dumps({"rotation": rotation}))
@@ -562,3 +606,87 @@ def test_real_views_look_front_right_back_and_left(tmp_path, heading, rotation):
         red, green, _ = view.getpixel((x, y))
         bearing = math.degrees(math.atan2(red - 128, green - 128))
         assert degrees_apart(bearing, heading + (0, 90, 180, 270)[k]) < 4
+
+
+# ---------------------------------------------------------------- the official mapping of panoramas
+@pytest.fixture
+def downloaded(tmp_path):
+    """The official layout for SHORT: route_infos.json, gps_pano_mapping.pkl, street_views/."""
+    pictures = tmp_path / "VLN mini" / "street_views"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 32)).save(pictures / "a-_1.jpg")
+    (pictures / "a-_1.metadata.json").write_text('{"rotation": 75.5}')
+    (pictures.parent / "route_infos.json").write_text(json.dumps([[SHORT], 1]))
+    with open(pictures.parent / "gps_pano_mapping.pkl", "wb") as file:
+        pickle.dump({(40.7, -74.0): "a-_1", (40.8, -74.1): "b"}, file)
+    return pictures.parent
+
+
+@pytest.fixture
+def convert(capsys):
+    """Runs the tool in this process; returns (exit status, stdout, stderr)."""
+    def run(*arguments):
+        return panoramas_csv.main(list(map(str, arguments))), *capsys.readouterr()
+
+    return run
+
+
+def test_official_layout_is_told_what_to_do_and_it_works(downloaded):
+    """The command of the message makes the file, the folder of the message is accepted."""
+    route = official_file.read_routes(str(downloaded / "route_infos.json"))
+    for given in (downloaded, downloaded / "street_views"):
+        with pytest.raises(ValueError, match="^panoramas: .*panoramas.csv: .*No such") as error:
+            panoramas.Panoramas(given, route)
+        assert "\n" not in str(error.value)
+        told = re.search("`python (.*)` .* env.panoramas=(.*)$", str(error.value))
+        command, folder = [sys.executable, *shlex.split(told[1])], told[2]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"2 panoramas in {folder}/panoramas.csv" in done.stdout
+        assert panoramas.Panoramas(folder, route).rotations == {"a-_1": 75.5}
+        (downloaded / "street_views" / "panoramas.csv").unlink()
+
+
+class Malice:
+    """Unpickled by `pickle`, it runs a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickle_that_would_run_code_is_refused(downloaded, convert, protocol):
+    mapping, mark = downloaded / "gps_pano_mapping.pkl", downloaded.parent / "it_ran"
+    for payload in (Malice(mark), {(40.7, -74.0): Malice(mark)}, {Malice(mark): "a"}):
+        mapping.write_bytes(pickle.dumps(payload, protocol))
+        status, out, error = convert(mapping, downloaded / "street_views")
+        assert (status, out, error.count("\n")) == (2, "", 1)
+        assert "asks for posix.system; only plain containers" in error
+        assert not mark.exists() and not (downloaded / "street_views" / "panoramas.csv").exists()
+    pickle.loads(mapping.read_bytes())
+    assert mark.exists()  # it would have
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no pickle", b"\x80\x05", pickle.dumps({(1, 2): "a"})[:-3], pickle.dumps([1]),
+    pickle.dumps({}), pickle.dumps({(1, 2): 3}), pickle.dumps({(91, 2): "a"}),
+    pickle.dumps({"1,2": "a"}), pickle.dumps({(float("nan"), 2): "a"}),
+    pickle.dumps({(1, 2): {"a"}}),
+    b"cbuiltins\neval\n(S'1'\ntR.", b"\x80\x02\x82\x01.", b"Pid\n."], ids=range(14))
+def test_damaged_mapping_is_named(downloaded, convert, content):
+    mapping = downloaded / "gps_pano_mapping.pkl"
+    mapping.write_bytes(content)
+    status, out, error = convert(mapping, downloaded / "street_views")
+    assert (status, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"error: {mapping}: ")
+
+
+def test_mapping_or_folder_that_is_not_there_is_named(downloaded, convert):
+    for arguments in ((downloaded / "none.pkl", downloaded),
+                      (downloaded / "gps_pano_mapping.pkl", downloaded / "none")):
+        status, out, error = convert(*arguments)
+        assert (status, out, error.count("\n")) == (2, "", 1)
+        assert re.match(r"error: \S.*none.*: No such file or directory$", error)

@@ -22,6 +22,7 @@ PURE = (
     "scenery",
     "lib.settings",
     "lib.runs",
+    "lib.answers",
     "lib.checks",
     "report",
 )  # without torch

@@ -16,9 +16,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import soak_answers
 import test_routes
 from PIL import Image
 from test_routes import (COMPASS, FAR, SIDES, SIZES, STOPS, TURNS, between, blocks, degrees_apart,
@@ -148,8 +150,7 @@ def test_prompt_lists_the_words_of_its_rule_and_nothing_else_differs(saved):
 
 
 def test_forward_points_are_kept_by_chance_and_away_from_both_ends(saved):
-    """Fifths of a leg, each kept in half of the walks, over 8 m from both ends (PAPER.md) and 12 m
-    from the destination."""
+    """Fifths of a leg, each kept in half of the walks, over 8 m from both ends (PAPER.md)."""
     legs = [(0, 100, None), (90, 18, None), (180, 25, None), (90, 4, None),
             (0, 25, "The destination X Hall is on your left")]
     env, kept, walks = Navigation(routes=saved([entry(legs)])), Counter(), 1500
@@ -161,7 +162,7 @@ def test_forward_points_are_kept_by_chance_and_away_from_both_ends(saved):
         assert [p.action for p in env.rail if p.action != "forward"] == ["turn"] * 5 + ["stop"]
         assert [p.leg for p in env.rail] == sorted(p.leg for p in env.rail)
     assert set(kept) == {(0, 20.0), (0, 40.0), (0, 60.0), (0, 80.0), (2, 10.0), (2, 15.0),
-                         (4, 10.0)}
+                         (4, 10.0), (4, 15.0)}
     # 4 standard deviations
     assert all(abs(n / walks - 0.5) < 4 * 0.5 / walks ** 0.5 for n in kept.values())
 
@@ -278,10 +279,24 @@ MISSEEN = [None, "", NOTHING, CROSSING, CAFE, f"{NOTHING} {CROSSING}",
            f"Blue Cafe is on your left front. {CROSSING}",
            f"Blue Cafe is on your front. {CROSSING}",
            f"Blue Cafe is on your right behind. {CROSSING}",
-           f"{CAFE} Red Bank is on your left. {CROSSING}", END, "x"]
+           f"{CAFE} Red Bank is on your left. {CROSSING}", END, "x",
+           f"{CAFE[:-1]}, no intersection here", f"{CAFE} There is no intersection.",
+           f"{CAFE} You are not at an intersection", f"{CAFE} No landmarks or intersections else.",
+           f"Move forward until the next intersection. {CAFE}",
+           f"Big {CAFE} {CROSSING}", "You are at an intersection, Red Cafe is on your right front",
+           "You are at an intersection, Blue Cafe is not on your right front",
+           "You are at an intersection with a cafe", f"{CROSSING} Blue Cafe is near.",
+           f"Blue Cafe is on your left, Blue Cafe is on your right front. {CROSSING}"]
 WELL_SEEN = [SEEN, SEEN.upper(), SEEN.lower(), f"{CROSSING} {CAFE}", f" {CAFE}\n{CROSSING}",
              SEEN[:-1],
-             "blue cafe is on your right front. I stand at an intersection"]
+             "blue cafe is on your right front. I stand at an intersection",
+             "Blue Cafe is on your right front, and you are at an intersection",
+             "You are at an intersection, Blue Cafe is on your right front.",
+             "You are at an intersection and the Blue Cafe is on the right front",
+             "You are at a four-way intersection: Blue Cafe is located on your front right side",
+             "You are at an intersection where the Blue Cafe is to your right-front.",
+             "I see that the Blue Cafe is on the right front, at an intersection.",
+             f"{CAFE[:-1]}; You observe an intersection"]  # the official wording
 
 
 @pytest.fixture
@@ -322,17 +337,17 @@ CASES = [  # action of the answer, whether the observation is right, reward, cat
       for action, feedback in (
         ("turn_direction(left)", ILLEGAL),  # right, but of the other rule
         ("turn_direction()", ILLEGAL), ("turn_direction", ILLEGAL), ("northwest", ILLEGAL),
-        ("forward", ILLEGAL),
-        ("turn_direction(north-west)", ILLEGAL), ("turn_direction(northwest).", ILLEGAL),
-        ("forward(), stop()", ILLEGAL),
-        ("turn_direction('northwest')", ILLEGAL), ("x" * 500, ILLEGAL), ("", NO_ACTION),
+        ("forward(), stop()", ILLEGAL), ("forward() stop()", ILLEGAL), ("forward(stop)", ILLEGAL),
+        ("turn_direction(northwest, north)", ILLEGAL), ("turn_direction(forward)", ILLEGAL),
+        (f"{RIGHT}; {RIGHT}", ILLEGAL), ("turn_direction(northwest", ILLEGAL), (".", ILLEGAL),
+        ("x" * 500, ILLEGAL), ("", NO_ACTION),
         ("  ", NO_ACTION), (None, NO_ACTION),
         (4, NO_ACTION), (["stop()"], NO_ACTION), ({"action": None}, NO_ACTION)))]
 
 
 @pytest.mark.parametrize("action, seen, reward, category, feedback", CASES, ids=str)
 def test_reward_and_message_of_a_wrong_action(at_cafe, action, seen, reward, category, feedback):
-    for observation in WELL_SEEN if seen else MISSEEN:
+    for observation in WELL_SEEN[:7] if seen else MISSEEN[:15]:
         env, answer = at_cafe(), said(action, observation)
         # the last one costs a point more
         for extra, attempt, last in ((0, 1, False), (-1, 2, True)):
@@ -350,6 +365,14 @@ def test_reports_where_there_is_nothing_to_see(at_cafe):
     env = at_cafe(verify_iters=100)
     env.step(env.expert())
     for observation, seen in ((NOTHING, True), ("", True), ("A street.", True), (CROSSING, False),
+                              ("no intersection here", True), ("Not at an intersection.", True),
+                              ("There is no intersection and no landmark", True),
+                              ("There isn't an intersection", True),
+                              ("No landmarks or intersections nearby", True),
+                              ("No landmark is in front of you", True),
+                              ("No landmark is on your left", True),
+                              ("No landmarks, but I am at an intersection", False),
+                              ("There are no landmarks at this intersection.", False),
                               (SEEN, False), (CAFE, False),
                               (None, False)):
         _, reward, *_, info = env.step(said("stop()", observation))
@@ -365,6 +388,8 @@ def test_destination_may_be_called_so_or_by_its_name(at_cafe):
                               ("the destination town hall is on your left", True),
                               ("Town Hall is on your left front.", False),
                               ("The destination is on your left.", False),
+                              ("You are at the destination, Town Hall is on your left.", True),
+                              ("The destination, Town Hall, is on the left", True),
                               (f"{END} {CROSSING}", False), (NOTHING, False)):
         assert env.step(said("forward()", observation))[4]["recognized"] is seen, observation
 
@@ -407,6 +432,28 @@ def test_case_and_spaces_of_an_action_do_not_matter(at_cafe, action):
     assert at_cafe().step(said(action))[1] == 1
 
 
+@pytest.mark.parametrize("action", [
+    "turn_direction('northwest')", 'turn_direction("northwest")', f"{RIGHT};", f"{RIGHT}.",
+    f" {RIGHT} ; ", f"`{RIGHT}`", "turn_direction(north-west)", "turn_direction(north_west)",
+    "turn_direction(x=northwest)", "turn_direction(direction='northwest').",
+    "turn direction (northwest)", "turn_direction northwest"])
+def test_spelling_of_a_turn_does_not_matter(at_cafe, action):
+    assert at_cafe().step(said(action))[1] == 1
+    other = action.replace("northwest", "south").replace("north-west", "south-east")
+    other = other.replace("north_west", "south_east")
+    _, reward, *_, info = at_cafe().step(said(other, SEEN))
+    assert (reward, info["category"]) == (-1, "wrong_action")
+
+
+def test_forward_and_stop_may_lack_their_brackets():
+    env = Navigation()
+    for seed in range(5):
+        env.reset(seed)
+        for position in list(env.rail):
+            spelt = {"forward": "Forward;", "stop": "stop."}.get(position.action, env.action())
+            assert env.step(said(spelt))[1] == 1
+
+
 @pytest.mark.parametrize("action",
                          ["turn_direction(slightly left)", "turn_direction(slightlyleft)",
                           "Turn_Direction(Slightly  Left)"])
@@ -425,7 +472,8 @@ MISTAKEN = ANSWER.replace(RIGHT, "stop()")
 @pytest.mark.parametrize("frame", [
     "{%s}", "{%s,}", "%s", "{%s", "Let me see.\n```json\n{%s}\n```\nThat is it!",
     "{%s} or else {\"action\": \"forward()\"}",
-    "[{%s}]", "\n\n  {%s}  "], ids=repr)
+    "[{%s}]", "\n\n  {%s}  ", "{\"output\": {%s}}", "{\"thoughts\": \"left?\", \"output\": {%s}}",
+    "{\"output\": {%s},}", "{\"a\": {\"b\": {%s}}}"], ids=repr)
 @pytest.mark.parametrize("quote", '"\'')
 def test_nearly_json_is_read(at_cafe, frame, quote):
     env = at_cafe()
@@ -440,9 +488,27 @@ def test_first_action_counts_in_nearly_json(at_cafe):
     assert at_cafe().step("{%s} no, {%s}" % (MISTAKEN, ANSWER))[1] == -1
 
 
+@pytest.mark.parametrize("key", ["Action", "ACTION"])
+def test_keys_may_be_spelt_otherwise(at_cafe, key):
+    observed = f'"current_observation": "{SEEN}"'
+    for end in "}", ",}":  # JSON, and nearly so
+        _, reward, *_, info = at_cafe().step(f'{{{observed}, "{key}": "{RIGHT}"{end}')
+        assert (reward, info["recognized"]) == (1, True)
+
+
+def test_own_keys_count_before_those_within_and_first_ones_before_later_ones(at_cafe):
+    for answer, reward in (('{"output": {"action": "stop()"}, "action": "%s"}', 1),
+                           ('{"a": {"action": "%s"}, "b": {"action": "stop()"}}', 1),
+                           ('{"action": "%s", "action": "stop()"}', 1),
+                           ('{"action": "stop()", "action": "%s"}', -1.5),
+                           ('{"output": "{\\"action\\": \\"%s\\"}"}', 1)):
+        assert at_cafe().step(answer % RIGHT)[1] == reward, answer
+
+
 @pytest.mark.parametrize("answer",
                          ["", "I do not know.", "{}", "[]", "null", "4", '"action"', RIGHT,
-                          '{"Action": "forward()"}'])
+                          '{"output": {}}', '{"output": {"action": null}}',
+                          '{"reaction": "stop()"}'])
 def test_no_action_says_so(at_cafe, answer):
     _, reward, *_, info = at_cafe().step(answer)
     assert (reward, info["category"], info["feedback"]) == (-1.5, "illegal", NO_ACTION)
@@ -701,7 +767,7 @@ def test_real_views_are_shown_and_checked_once(saved, tmp_path, monkeypatch):
     assert envs[0]._panoramas is envs[1]._panoramas
     for _, _, obs, _ in walk(envs[0], 0):
         assert obs["image"].size == (64, 64)
-    assert asked == [(p.heading - 10, 64) for p in envs[0].rail]
+    assert asked == [(p.heading - 180 + 10, 64) for p in envs[0].rail]
 
 
 # ---------------------------------------------------------------- which walk a seed determines
@@ -805,6 +871,57 @@ def test_two_routes_are_no_pair_of_routes_and_a_number(saved):
     env = Navigation(routes=saved([entry(), entry(init=80)]))
     assert [env.reset(seed) and env.rail[0].heading for seed in range(4)] == [75, 80, 75, 80]
     assert len({env.reset(seed)[1]["cluster"] for seed in range(4)}) == 2
+
+
+NAMES = ['Joe\'s "Best" Bar', "Cafe {Paris}", "Bar }", "Salt and Pepper, the Diner", "A: B",
+         "Ü 5 €"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_names_may_hold_anything(saved, name):
+    """Quotes, braces, colons: seen and reported, in JSON and nearly so."""
+    legs = [(29, 60, f"{name} is on your right front"), (299, 40, END[:-1])]
+    env = Navigation(routes=saved([entry(legs)]), verify_iters=3)
+    for _, position, _, (_, reward, *_, info) in walk(env, 0):
+        assert (reward, info["recognized"]) == (1, True)
+        named = name in position.observation
+        assert named == (position.action == "turn" and position.leg == 1)
+    assert f"where {name} is on your right front." in env.instructions[1]
+    env.reset(0)
+    while name not in env.rail[env.at].observation:
+        env.step(env.expert())
+    for report in (f"You are at an intersection, {name} is on the right front.",
+                   f"The {name} is on your right front and you are at an intersection"):
+        answer = said("stop()", report)
+        assert env.step(answer)[4]["recognized"] and env.step(f"```{answer}```")[4]["recognized"]
+        env.step(env.expert())
+        env.reset(0)
+        while name not in env.rail[env.at].observation:
+            env.step(env.expert())
+
+
+def test_given_routes_are_what_is_played(saved):
+    path = saved([entry()])
+    *_, folder, name = Path(path).parts
+    assert Navigation(routes=path, split="unseen").playing == f"routes {folder}/{name}"
+    assert Navigation().playing is None
+
+
+def test_any_integer_is_a_seed_of_its_own():
+    env = Navigation()
+
+    def start(seed):
+        obs, info = env.reset(seed)
+        return text(obs), info, env.rail, env.mistake()
+
+    seeds = [*range(-30, 30), 10 ** 30, -10 ** 30, 2 ** 63]
+    assert len({str(start(seed)) for seed in seeds}) == len(seeds)
+    for kind in (np.int64, np.int8, np.uint8):
+        assert start(kind(5)) == start(5)
+    assert start(np.int64(-5)) == start(-5)
+    for wrong in (None, 5.0, "5"):
+        with pytest.raises(TypeError):
+            env.reset(wrong)
 
 
 def test_start_heading_is_drawn_when_the_file_has_none(saved):
@@ -946,6 +1063,24 @@ def test_nesting_at_any_depth_is_graded(depths):
                        f'{{"current observation": {nested}, "action": "stop()"}}'):
             env.reset(3)
             assert env.step(answer)[1] == -2.5
+
+
+def test_soak_runs_and_can_fail(monkeypatch, capsys):
+    """An exception, a slow answer, a right one refused, a broken file read: each is a failure."""
+    monkeypatch.setattr(soak_answers, "ROUTE_FILES", 20)
+    assert soak_answers.main(["300"]) == 0
+    every = len(list(soak_answers.malformed_files(random.Random(0))))
+    assert every > 150 and soak_answers.Soak().route_files(every) is None
+    assert "FAILED" not in capsys.readouterr().out
+    for where, name, value, told in (
+            (virl, "sightings", lambda observation: 1 / 0, "ZeroDivisionError"),
+            (soak_answers, "LIMIT", 0, " ms: "),
+            (virl, "read_answer", lambda answer: dict.fromkeys(virl.KEYS), "though right"),
+            (virl, "read_routes", lambda path: [virl.split_route("mini", 0, (2, 8))], "was read")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert soak_answers.main(["100"]) == 1
+            assert told in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- bad arguments
