@@ -27,7 +27,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError
 
 from lib.checks import INF
 from lib.progress import announce, warn_of_split
@@ -308,13 +307,19 @@ def _step_of(line):
         return INF  # cut off in the middle, or empty
 
 
+# How safetensors and tokenizers (Rust), and torch.save, say that a file cannot be written
+FAILED_WRITE = re.compile(r"os error \d+|inline_container|PytorchStreamWriter")
+
+
 @contextmanager
 def writing(path):
     """A failure to write inside (a full disk, above all) becomes a UserError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+    except Exception as error:
+        if not isinstance(error, OSError) and not FAILED_WRITE.search(str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({one_line(error)})"
         raise UserError(f"cannot write {path}: {reason}; mend that and run the same command again "
                         "(the last checkpoint is intact)") from None
 

@@ -71,11 +71,17 @@ def save_checkpoint(folder, policy, optimizer, **more):
 
 
 def load_checkpoint(folder, policy, optimizer):
-    """Take over what `save_checkpoint` wrote. Returns: the state, with the script's own data."""
+    """Take over what `save_checkpoint` wrote. Returns: the state, with the script's own data.
+
+    Raises: UserError if it is damaged or of another shape.
+    """
     state = load_state(folder)
     policy.load(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    policy.tokens = state["tokens"]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        policy.tokens = {name: state["tokens"][name] for name in policy.tokens}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
     return state
 
 
