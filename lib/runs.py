@@ -86,8 +86,11 @@ def find_init(run_dir, init, overrides):
         of_sft = [override for override in overrides if override.startswith("sft.")]
         names = [f"{arm_name('sft', given)}/{step}" for given in (overrides, of_sft)]
     for name in names:
-        if (run_dir / name).is_dir():
-            return run_dir / name
+        found = run_dir / name
+        if not run_dir.is_dir():  # which `..` would go through
+            found = Path(os.path.normpath(found))
+        if found.is_dir():
+            return found
     ways = _ways_to_start(run_dir, init)
     raise UserError(f"ppo.init: no checkpoint {run_dir / names[0]}; {ways}")
 
@@ -128,8 +131,9 @@ class Run:
         self.init = None
         if script == "rl":
             self.init = find_init(run_dir, init, overrides)
-            start = "none" if self.init is None else os.path.relpath(self.init, run_dir)
-            self.settings["ppo"] = {**raw["ppo"], "init": start}
+            if _follows_sft(init, overrides):  # the arm may be another than the YAML says
+                init = str(self.init.relative_to(run_dir))
+            self.settings["ppo"] = {**raw["ppo"], "init": init}
         self.length = LENGTHS[script]
         self.stopping = self.stop = self.lock = self.last = None
         self.step = 0

@@ -83,7 +83,7 @@ def load_checkpoint(folder, policy, optimizer):
     try:
         optimizer.load_state_dict(state["optimizer"])
         policy.tokens = {name: state["tokens"][name] for name in policy.tokens}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
     return state
 

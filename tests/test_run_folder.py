@@ -287,6 +287,15 @@ def test_arms_with_another_start_have_another_name(raw, tmp_path):
     }
 
 
+def test_start_elsewhere_is_noted_as_it_was_given(raw, tmp_path):
+    """Runs of before say it so, too. The run folder need not be there yet."""
+    lay(tmp_path, "elsewhere/step_3")
+    for init in (f"{tmp_path}/elsewhere/step_3", "../elsewhere/step_3"):
+        raw["run"]["dir"], raw["ppo"]["init"] = str(tmp_path / "run"), init
+        run = Run("rl", check(raw), [])
+        assert (run.init.name, run.settings["ppo"]["init"]) == ("step_3", init)
+
+
 # ---------------------------------------------------------------- more of the same
 @pytest.mark.parametrize("script, key", [("sft", "sft.steps"), ("rl", "ppo.updates")])
 def test_finished_run_goes_on_under_a_constant_schedule(open_run, cfg, capsys, script, key):
