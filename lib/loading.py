@@ -26,9 +26,11 @@ class Loaded(NamedTuple):
 def load_base(model, device):
     """Tokenizer, image processor, base model and family of cfg.model.
 
-    Raises: UserError for a model that is missing, gated, damaged or of an unknown family.
+    Raises: UserError for a model that is missing, gated, damaged or of an unknown family, and for a
+        card without bfloat16.
     """
     _check_folders(model)
+    _check_dtype(model, device)
     try:
         loaded = _load_random(model, device) if model.random_init else _load(model, device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -101,6 +103,16 @@ def _check_folders(model):
     if local and not os.path.isdir(find_model(path)):
         raise UserError(f"model.path: no folder {path!r}; give a local folder or a hub name like "
                         "organisation/model")
+
+
+def _check_dtype(model, device):
+    """Raises: UserError if the card lacks bfloat16, which PyTorch would emulate, slowly."""
+    if device.type != "cuda" or model.dtype != "bfloat16":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"model.dtype=bfloat16, but {torch.cuda.get_device_name(device)} does not "
+                        "compute in it; use model.dtype=float32 (python plan.py CONFIG "
+                        "model.dtype=float32 shows whether it fits)")
 
 
 def _unavailable(path, error):

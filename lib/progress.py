@@ -62,7 +62,7 @@ class Lines(tqdm):
         self.said = line
 
     def close(self):
-        if not self.disable and self.n > self.initial:
-            self.say()
+        if not self.disable and self.initial < self.n == self.total:
+            self.say()  # else it was stopped, and another line says how far it came
         self.leave = False
         super().close()

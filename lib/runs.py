@@ -27,7 +27,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError
 
 from lib.checks import INF
 from lib.progress import announce, warn_of_split
@@ -87,8 +86,11 @@ def find_init(run_dir, init, overrides):
         of_sft = [override for override in overrides if override.startswith("sft.")]
         names = [f"{arm_name('sft', given)}/{step}" for given in (overrides, of_sft)]
     for name in names:
-        if (run_dir / name).is_dir():
-            return run_dir / name
+        found = run_dir / name
+        if not run_dir.is_dir():  # which `..` would go through
+            found = Path(os.path.normpath(found))
+        if found.is_dir():
+            return found
     ways = _ways_to_start(run_dir, init)
     raise UserError(f"ppo.init: no checkpoint {run_dir / names[0]}; {ways}")
 
@@ -129,8 +131,9 @@ class Run:
         self.init = None
         if script == "rl":
             self.init = find_init(run_dir, init, overrides)
-            start = "none" if self.init is None else os.path.relpath(self.init, run_dir)
-            self.settings["ppo"] = {**raw["ppo"], "init": start}
+            if _follows_sft(init, overrides):  # the arm may be another than the YAML says
+                init = str(self.init.relative_to(run_dir))
+            self.settings["ppo"] = {**raw["ppo"], "init": init}
         self.length = LENGTHS[script]
         self.stopping = self.stop = self.lock = self.last = None
         self.step = 0
@@ -308,13 +311,19 @@ def _step_of(line):
         return INF  # cut off in the middle, or empty
 
 
+# How safetensors and tokenizers (Rust), and torch.save, say that a file cannot be written
+FAILED_WRITE = re.compile(r"os error \d+|inline_container|PytorchStreamWriter")
+
+
 @contextmanager
 def writing(path):
     """A failure to write inside (a full disk, above all) becomes a UserError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+    except Exception as error:
+        if not isinstance(error, OSError) and not FAILED_WRITE.search(str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({one_line(error)})"
         raise UserError(f"cannot write {path}: {reason}; mend that and run the same command again "
                         "(the last checkpoint is intact)") from None
 

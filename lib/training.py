@@ -1,6 +1,5 @@
 """What sft.py and rl.py need beside the method: schedules, checkpoints, logs, PPO's tensors."""
 import math
-import pickle
 import random
 import resource
 import time
@@ -58,9 +57,13 @@ def save_state(folder, state):
 def load_state(folder):
     """The state that `save_state` wrote. Raises: UserError if it is missing or damaged."""
     try:
-        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises in torch's reader, nobody lists
         raise UserError(f"checkpoint {folder} is missing or damaged: {one_line(error)}") from None
+    for name in ("optimizer", "tokens", "gflops"):
+        if not isinstance(state, dict) or name not in state:
+            raise UserError(f"checkpoint {folder} is damaged: its trainer.pt has no {name}")
+    return state
 
 
 def save_checkpoint(folder, policy, optimizer, **more):
@@ -71,11 +74,17 @@ def save_checkpoint(folder, policy, optimizer, **more):
 
 
 def load_checkpoint(folder, policy, optimizer):
-    """Take over what `save_checkpoint` wrote. Returns: the state, with the script's own data."""
+    """Take over what `save_checkpoint` wrote. Returns: the state, with the script's own data.
+
+    Raises: UserError if it is damaged or of another shape.
+    """
     state = load_state(folder)
     policy.load(folder)
-    optimizer.load_state_dict(state["optimizer"])
-    policy.tokens = state["tokens"]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        policy.tokens = {name: state["tokens"][name] for name in policy.tokens}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
     return state
 
 

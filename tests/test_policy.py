@@ -452,10 +452,8 @@ def test_damaged_checkpoint_is_a_user_error(make_policy, turns, tmp_path, how):
 
 @pytest.mark.parametrize("keep", [None, 0, 1, 100, 0.5, -1], ids=str)
 def test_damaged_trainer_state_is_a_user_error(tmp_path, keep):
-    save_state(
-        tmp_path,
-        {"optimizer": {"x": torch.zeros(1000)}, "tokens": {"train": 1}, "play": [(1, ["a"])]},
-    )
+    state = {"optimizer": {"x": torch.zeros(1000)}, "tokens": {"train": 1}, "gflops": 1.0}
+    save_state(tmp_path, {**state, "play": [(1, ["a"])]})
     assert load_state(tmp_path)["play"] == [(1, ["a"])]
     path = tmp_path / "trainer.pt"
     data = path.read_bytes()
@@ -463,6 +461,17 @@ def test_damaged_trainer_state_is_a_user_error(tmp_path, keep):
         path.unlink()
     else:
         path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match="damaged"):
+        load_state(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["text", "list", "another state"])
+def test_trainer_state_of_another_kind_is_a_user_error(tmp_path, kind):
+    path = tmp_path / "trainer.pt"
+    if kind == "text":
+        path.write_text("torch==2.13.0\ntransformers==5.23.0\n")
+    else:
+        torch.save({"list": [1, 2], "another state": {"tokens": 5}}[kind], path)
     with pytest.raises(UserError, match="damaged"):
         load_state(tmp_path)
 

@@ -213,7 +213,7 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
         with written_whole(final) as folder:
             (folder / text).write_text(text)
         assert names(final) == [text]
-    with pytest.raises(UserError, match="model: disk full"):
+    with pytest.raises(UserError, match="model: .*disk full"):
         with written_whole(final) as folder:
             (folder / "half").write_text("half")
             raise OSError("disk full")
@@ -285,6 +285,15 @@ def test_arms_with_another_start_have_another_name(raw, tmp_path):
         "rl-ppo.clip=0.3": ("sft/step_10",) * 2,
         "rl-ppo.clip=0.3-sft.lr=0.1": ("sft-sft.lr=0.1/step_10",) * 2,
     }
+
+
+def test_start_elsewhere_is_noted_as_it_was_given(raw, tmp_path):
+    """Runs of before say it so, too. The run folder need not be there yet."""
+    lay(tmp_path, "elsewhere/step_3")
+    for init in (f"{tmp_path}/elsewhere/step_3", "../elsewhere/step_3"):
+        raw["run"]["dir"], raw["ppo"]["init"] = str(tmp_path / "run"), init
+        run = Run("rl", check(raw), [])
+        assert (run.init.name, run.settings["ppo"]["init"]) == ("step_3", init)
 
 
 # ---------------------------------------------------------------- more of the same
@@ -374,6 +383,7 @@ def test_where_the_file_system_knows_no_locks_it_goes_without(tmp_path, monkeypa
 FULL = [
     OSError(28, "No space left on device"),
     SafetensorError("I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos; No space left"),
 ]
 
 
@@ -392,9 +402,10 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_stays(open_run, error):
 
 
 def test_what_is_no_failure_to_write_passes(open_run):
-    with pytest.raises(ZeroDivisionError):
-        with open_run("sft").checkpoint(4):
-            raise ZeroDivisionError
+    for error in (ZeroDivisionError(), RuntimeError("shapes"), UserError("no")):
+        with pytest.raises(type(error)) as met, open_run("sft").checkpoint(4):
+            raise error
+        assert met.value is error
 
 
 LIMITED = """

@@ -30,6 +30,7 @@ import report
 import rl
 import sft
 from lib import training
+from lib.loading import load_base
 from lib.runs import Run, checkpoints
 from lib.settings import UserError
 from lib.settings import override as override_one
@@ -38,6 +39,7 @@ from rollout import make_env
 
 TINY = (
     "sft.steps=5",
+    "sft.warmup=0",
     "sft.init_step=2",
     "sft.save_every=2",
     "sft.batch_size=8",
@@ -270,9 +272,15 @@ def test_ctrl_c_once_saves_the_step_under_way(whole, tmp_path, monkeypatch, scri
 
 
 @pytest.mark.parametrize(
-    "script, unit, records, kept", [("sft", "step", 2, [2, 5]), ("rl", "update", 1, [3])]
+    "script, unit, records, kept, number, code, again",
+    [
+        ("sft", "step", 2, [2, 5], signal.SIGTERM, 143, "a second signal"),
+        ("rl", "update", 1, [3], signal.SIGINT, 130, "Ctrl-C again"),
+    ],
 )
-def test_ctrl_c_in_a_real_process(whole, tmp_path, script, unit, records, kept):
+def test_signal_in_a_real_process(
+    whole, tmp_path, script, unit, records, kept, number, code, again
+):
     folder = ready_for(script, whole, tmp_path)
     arm = folder / script
     metrics = arm / "metrics.jsonl"
@@ -282,12 +290,14 @@ def test_ctrl_c_in_a_real_process(whole, tmp_path, script, unit, records, kept):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (metrics.exists() and len(lines(metrics)) >= records):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=120)[1].splitlines()
     last = len(lines(metrics))
-    assert process.returncode == 130
+    assert process.returncode == code
+    start = {"sft": "", "rl": f", from {folder}/sft/step_2"}[script]
     assert said == [
-        f"finishing this {unit}, then saving; Ctrl-C again stops at once",
+        f"{script}.py: gp (rule ten), mini/gp on cpu -> {arm}{start}",
+        f"finishing this {unit}, then saving; {again} stops at once",
         f"stopped after {unit} {last}; run the same command again to continue",
     ]
     assert last in numbers(arm) + numbers(arm, "stopped")
@@ -350,6 +360,7 @@ from pathlib import Path
 sys.path[:0] = [".", "tests"]
 import test_runs
 from lib import training
+from lib.loading import load_base
 save = training.save_state
 
 def killed(folder, state):
@@ -372,6 +383,16 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path):
     assert (folder / "sft" / ".tmp_new_step_4").is_dir()
     run("sft", folder)
     assert_same_run(folder / "sft", whole / "sft")
+
+
+def test_card_without_bfloat16_is_a_user_error(cfg, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kinds: asked.append(kinds))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    cfg.model.dtype = "bfloat16"
+    with pytest.raises(UserError, match="bfloat16, but Tesla T4 .*use model.dtype=float32"):
+        load_base(cfg.model, torch.device("cuda"))
+    assert asked == [{"including_emulation": False}]  # PyTorch emulates it
 
 
 # ---------------------------------------------------------------- out of memory
@@ -474,8 +495,25 @@ def test_example_after_mistakes(cfg):
 def test_sft_on_mistakes_runs(tmp_path):
     run("sft", tmp_path / "run", "sft.mistakes=2", "sft.steps=2")
     (folder,) = (tmp_path / "run").glob("sft*")
-    assert folder.name == "sft-sft.mistakes=2-sft.steps=2"
+    assert folder.name == "sft-sft.mistakes=2"
     assert len(lines(folder / "metrics.jsonl")) == 2
+    run("rl", tmp_path / "run", "sft.mistakes=2", "ppo.updates=1")  # which starts from it
+    (arm,) = (tmp_path / "run").glob("rl*")
+    assert arm.name == "rl-sft.mistakes=2"
+    noted = yaml.safe_load((arm / "config.yaml").read_text())
+    assert noted["ppo"]["init"] == "sft-sft.mistakes=2/step_2"
+
+
+@pytest.mark.parametrize("script, shorter", [("sft", "sft.steps=3"), ("rl", "ppo.updates=2")])
+def test_prolonged_run_is_the_longer_run(whole, tmp_path, script, shorter):
+    folder = ready_for(script, whole, tmp_path)
+    run(script, folder, shorter)
+    short = log(folder / script)
+    assert short == log(whole / script)[: len(short)]
+    run(script, folder)
+    assert log(folder / script) == log(whole / script)
+    assert numbers(folder / script) == sorted({*numbers(whole / script), len(short)})
+    assert_same_weights(folder / script, whole / script)
 
 
 def test_tuning_all_parameters_resumes(tmp_path, monkeypatch):

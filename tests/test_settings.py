@@ -383,6 +383,15 @@ def test_nothing_done_says_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_loop_that_is_stopped_says_why_and_no_more(capsys):
+    with pytest.raises(KeyboardInterrupt):
+        with progress.progress_bar(range(9), total=9, unit="step") as bar:
+            for step in bar:
+                if step == 4:
+                    raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
+
+
 def test_first_line_says_what_is_about_to_happen(capsys):
     cfg = load([str(CONFIG), "model.device=auto"])[0]
     progress.announce("sft.py", cfg, "-> runs/a/sft")
