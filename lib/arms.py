@@ -163,12 +163,12 @@ class Comparison:
             budget = self.gflops(last)
             path = min(paths, key=lambda path: abs(self.gflops(path) - budget))
             found.append(path)
-            share = self.gflops(path) / budget - 1
-            if abs(share) > EQUAL_COMPUTE:
-                more = "more" if share > 0 else "less"
+            gap = self.gflops(path) - budget
+            if abs(gap) > EQUAL_COMPUTE * budget:
+                more = "more" if gap > 0 else "less"
                 self.notes.append(
                     f"not at equal compute: {path} has {self.gflops(path):,.0f} model GFLOPs, "
-                    f"{100 * abs(share):.0f} % {more} than {last} ({budget:,.0f})")
+                    f"{100 * abs(gap) / budget:.1f} % {more} than {last} ({budget:,.0f})")
         return tuple(found)
 
     # ------------------------------------------------------------ names and pairs
