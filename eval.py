@@ -298,8 +298,8 @@ class Evaluation:
     def _find_curve_points(self):
         """{Init or training: checkpoints per run, of each point on its curve}, evenly spread."""
         points = {}
-        for start, name in self.comparison.inits.items():
-            points[name] = [start]
+        for init in self.comparison.inits:
+            points[init.name] = [init.checkpoints]
         for training in self.comparison.trainings:
             steps = list(zip(*training.checkpoints))  # as far as all runs come
             spread = torch.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS))
@@ -341,9 +341,9 @@ class Evaluation:
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
             curve[name] = [self.point(place, checkpoints) for checkpoints in points]
-        for training, start in self.comparison.ppo_starts.items():
-            if start and curve:
-                curve[training] = curve[self.comparison.inits[start]] + curve[training]
+        for arm in self.comparison.ppo:
+            if arm.starts and curve:
+                curve[arm.name] = curve[arm.starts[0].name] + curve[arm.name]
         return curve
 
     def transcripts(self):
@@ -386,7 +386,7 @@ def main(arguments):
     cfg, _, _ = load(arguments)
     e, out = cfg.eval, Path(cfg.run.dir)
     evaluation = Evaluation(cfg)
-    runs, pairs, tables = evaluation.runs, evaluation.comparison.pairs, evaluation.tables()
+    runs, pairs, tables = evaluation.runs, evaluation.comparison.pairs(), evaluation.tables()
     pooled = {}
     for place in evaluation.places:
         pooled[place] = list(chain(*[table[place] for table in tables.values()]))

@@ -11,8 +11,8 @@ several arms they say which: "Init @ sft/step_10", "sft @ step_480".
 """
 import os
 import re
-from collections import Counter
-from itertools import combinations
+from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import NamedTuple
 
 import yaml
@@ -33,17 +33,13 @@ class Training(NamedTuple):
         return tuple(paths[-1] for paths in self.checkpoints)
 
 
-class Arm(NamedTuple):
-    """A row of the table."""
+@dataclass(eq=False)
+class Arm:
+    """A row of the table: where trainings began (Init), or a training at one of its checkpoints."""
     name: str
     checkpoints: tuple  # one per run
-
-
-class Row(NamedTuple):
-    """A training at one of its checkpoints, and those that it began from (None: not known)."""
-    training: Training
-    checkpoints: tuple  # one per run
-    start: tuple | None
+    starts: list = field(default_factory=list)  # the Inits that it began from, if they are known
+    partner: "Arm | None" = None  # of PPO: SFT at its compute
 
 
 def trained_with(checkpoint):
@@ -69,10 +65,6 @@ def find_trainings(runs, kind):
     return found
 
 
-def in_order(row):
-    return natural_order(f"{row.training.name} {steps(row.checkpoints)}")
-
-
 def natural_order(name):
     parts = re.split(r"(\d+)", name)  # every second one is digits
     return [int(part) if part.isdigit() else part for part in parts]
@@ -85,140 +77,146 @@ class Comparison:
         runs: folders (Paths); init: ppo.init of the given configuration, for runs without PPO;
         gflops: function of a checkpoint's path.
     Attributes:
-        trainings: those that all runs have; arms: Arms in the order of the table;
-        inits: {checkpoints: name} of where arms began; ppo_starts: {training: those checkpoints};
-        pairs: (arm, base) names; notes: what a reader of the table must know.
+        trainings: those that all runs have; inits, sft, ppo: Arms; notes: lines that a reader of
+        the table must know.
     Raises: UserError if there is nothing to evaluate.
     """
 
     def __init__(self, runs, init, gflops):
-        self.runs, self.gflops = runs, gflops
-        self.notes = []
-        self.sft, self.rl = find_trainings(runs, "sft"), find_trainings(runs, "rl")
-        self.trainings = self.sft + self.rl
+        self.runs, self.gflops, self.notes = runs, gflops, []
+        sft, rl = find_trainings(runs, "sft"), find_trainings(runs, "rl")
+        self.trainings = sft + rl
         if not self.trainings:
             raise UserError(f"nothing to evaluate under {runs[0]}: run sft.py and rl.py first")
-        ppo_rows = [Row(rl, rl.last, self._start_of(rl)) for rl in self.rl]
-        self.ppo_starts = {row.training.name: row.start for row in ppo_rows}
-        partners = {}  # name of PPO's training -> Row of SFT
-        for row in ppo_rows:
-            source = self._source_of(row)
-            if source:
-                start = row.start or own_start(source)
-                partners[row.training.name] = Row(source, self._nearest(source, row), start)
-        sft_rows = [*partners.values(), *self._rows_without_ppo(partners, ppo_rows, init)]
-        sft_rows.sort(key=in_order)
-        self._name_arms(sft_rows, ppo_rows)
-        self._pair(sft_rows, ppo_rows, partners)
-        self.notes = list(dict.fromkeys(self.notes))
+        self._inits = {}  # by their checkpoints
+        self._sft = {training.name: {} for training in sft}  # the same of each
+        self.ppo = []
+        for training in rl:
+            self._add_ppo(training, sft)
+        for training in sft:
+            if not self._sft[training.name]:
+                self._add_sft_alone(training, init)
+        self.inits = self._named_apart("Init", self._inits)
+        self.sft = []
+        for name, arms in self._sft.items():
+            self.sft += self._named_apart(name, arms)
+
+    @property
+    def arms(self):
+        """In the order of the table."""
+        return self.inits + self.sft + self.ppo
+
+    def pairs(self):
+        """(arm, base) names: all with their starts; PPO with SFT at its compute, and with other PPO
+        from its start."""
+        found = []
+        for arm in self.sft + self.ppo:
+            found += product([arm], arm.starts)
+        for arm in self.ppo:
+            if arm.partner:
+                found.append((arm, arm.partner))
+        for earlier, later in combinations(self.ppo, 2):
+            if later.starts and later.starts == earlier.starts:
+                found.append((later, earlier))
+        return [(arm.name, base.name) for arm, base in found]
+
+    # ------------------------------------------------------------ the arms
+    def _add_ppo(self, training, sft):
+        """PPO, where it began, and the SFT that went on from there (else the plain one)."""
+        arm = Arm(training.name, training.last)
+        self.ppo.append(arm)
+        start = self._start_of_ppo(training)
+        self._begin(arm, start)
+        began_in = start[0].parent.name if start else None
+        known = {source.name: source for source in sft}
+        source = known.get(began_in, known.get("sft"))
+        if source:
+            arm.partner = self._add_sft(source, self._nearest(source, arm))
+            self._begin(arm.partner, start or own_start(source))
+
+    def _add_sft_alone(self, training, init):
+        """SFT in which no PPO began."""
+        if self.ppo:
+            shown, start = self._nearest(training, self.ppo[0]), own_start(training)
+        else:
+            shown, start = training.last, self._given_start(training, init)
+        self._begin(self._add_sft(training, shown), start)
+
+    def _add_sft(self, training, shown):
+        return self._sft[training.name].setdefault(shown, Arm(training.name, shown))
+
+    def _begin(self, arm, start):
+        """Note that an arm began from the checkpoints `start` (None: not known)."""
+        if start:
+            init = self._inits.setdefault(start, Arm("Init", start))
+            if init not in arm.starts:
+                arm.starts.append(init)
+
+    def _named_apart(self, name, arms):
+        """The Arms {checkpoints: Arm} in natural order; several of one name say which they are."""
+        for arm in arms.values():
+            paths = zip(self.runs, arm.checkpoints)
+            where = [os.path.relpath(path, run).removeprefix(f"{name}/") for run, path in paths]
+            same = len(set(where)) == 1
+            if len(arms) > 1:
+                arm.name = f"{name} @ {where[0] if same else ', '.join(where)}"
+        return sorted(arms.values(), key=lambda arm: natural_order(arm.name))
 
     # ------------------------------------------------------------ where an arm began
-    def _start_of(self, rl):
-        """The checkpoints from which a PPO began, None for the bare base or if they are gone."""
-        found = []
-        for run, last in zip(self.runs, rl.last):
+    def _start_of_ppo(self, training):
+        """By its own ppo.init; None for the bare base, or if the checkpoints are gone."""
+        start = []
+        for run, last in zip(self.runs, training.last):
             init = trained_with(last)["ppo"]["init"]
-            found.append(run / init)
-            if init != "none" and not found[-1].is_dir():
-                self.notes.append(f"{rl.name}: its start {found[-1]} is gone, so it is not shown")
-        return tuple(found) if all(path.is_dir() for path in found) else None
+            start.append(run / init)
+            if init != "none" and not start[-1].is_dir():
+                self.notes.append(f"{training.name}: {start[-1]}, where it began, is gone")
+        return found(start)
 
-    def _source_of(self, row):
-        """The SFT training that goes on from where a PPO began, None if there is none."""
-        sft = {training.name: training for training in self.sft}
-        began_in = row.start[0].parent.name if row.start else None
-        return sft.get(began_in, sft.get("sft"))
-
-    def _rows_without_ppo(self, partners, ppo_rows, init):
-        """Rows of the SFT trainings from which no PPO began."""
-        with_ppo = [row.training.name for row in partners.values()]
-        for training in self.sft:
-            if training.name in with_ppo:
-                continue
-            if ppo_rows:
-                shown = self._nearest(training, ppo_rows[0])
-                yield Row(training, shown, own_start(training))
-            else:
-                yield Row(training, training.last, self._configured_start(training, init))
-
-    def _configured_start(self, training, init):
+    def _given_start(self, training, init):
         """Where PPO would begin by the given configuration, if that lies in this SFT training."""
         if init == "none":
             return None
-        start = tuple(run / init for run in self.runs)
-        if not all(path.is_dir() for path in start):
-            self.notes.append(f"ppo.init: no checkpoint {start[0]}; Init is the step sft.init_step")
+        start = found([run / init for run in self.runs])
+        if start is None:
+            self.notes.append(f"ppo.init: no checkpoint {self.runs[0] / init}; Init is the step "
+                              "sft.init_step of each SFT")
         elif start[0].parent.name == training.name:
             return start
         return own_start(training)
 
     # ------------------------------------------------------------ equal compute
-    def mean_gflops(self, checkpoints):
-        return sum(map(self.gflops, checkpoints)) / len(checkpoints)
+    def mean_gflops(self, paths):
+        return sum(map(self.gflops, paths)) / len(paths)
 
-    def _nearest(self, sft, ppo_row):
-        """The checkpoints of an SFT training, one per run, nearest to the compute of a PPO row."""
-        found = []
-        for paths, last in zip(sft.checkpoints, ppo_row.checkpoints):
+    def _nearest(self, training, ppo):
+        """The checkpoints of an SFT training, one per run, nearest to the compute of a PPO arm."""
+        nearest = []
+        for paths, last in zip(training.checkpoints, ppo.checkpoints):
             budget = self.gflops(last)
             path = min(paths, key=lambda path: abs(self.gflops(path) - budget))
-            found.append(path)
+            nearest.append(path)
             gap = self.gflops(path) - budget
             if abs(gap) > EQUAL_COMPUTE * budget:
                 more = "more" if gap > 0 else "less"
                 self.notes.append(
                     f"not at equal compute: {path} has {self.gflops(path):,.0f} model GFLOPs, "
                     f"{100 * abs(gap) / budget:.1f} % {more} than {last} ({budget:,.0f})")
-        return tuple(found)
-
-    # ------------------------------------------------------------ names and pairs
-    def _name_arms(self, sft_rows, ppo_rows):
-        starts = {row.start for row in sft_rows + ppo_rows if row.start}
-        self.inits = {}
-        for start in sorted(starts, key=lambda paths: natural_order(str(paths[0]))):
-            where = os.path.relpath(start[0], self.runs[0])
-            self.inits[start] = f"Init @ {where}" if len(starts) > 1 else "Init"
-        self.names = {}  # of (training, checkpoints)
-        shown = dict.fromkeys((row.training.name, row.checkpoints) for row in sft_rows)
-        times = Counter(name for name, _ in shown)
-        for name, paths in shown:
-            self.names[name, paths] = f"{name} @ {steps(paths)}" if times[name] > 1 else name
-        for row in ppo_rows:
-            self.names[row.training.name, row.checkpoints] = row.training.name
-        self.arms = [Arm(name, paths) for paths, name in self.inits.items()]
-        self.arms += [Arm(name, paths) for (_, paths), name in self.names.items()]
-
-    def _pair(self, sft_rows, ppo_rows, partners):
-        """Every row with its start; PPO with SFT at its compute, and with PPO from its start."""
-        pairs = []
-        for row in sft_rows + ppo_rows:
-            if row.start:
-                pairs.append((self._name(row), self.inits[row.start]))
-        for row in ppo_rows:
-            if row.training.name in partners:
-                pairs.append((self._name(row), self._name(partners[row.training.name])))
-        for earlier, later in combinations(ppo_rows, 2):
-            if later.start and later.start == earlier.start:
-                pairs.append((self._name(later), self._name(earlier)))
-        self.pairs = list(dict.fromkeys(pairs))
-
-    def _name(self, row):
-        return self.names[row.training.name, row.checkpoints]
+        return tuple(nearest)
 
 
-def own_start(sft):
-    """The checkpoints at sft.init_step of an SFT training, None if they are not all there."""
-    found = []
-    for last in sft.last:
+def own_start(training):
+    """The checkpoints at sft.init_step of an SFT training."""
+    start = []
+    for last in training.last:
         step = trained_with(last)["sft"]["init_step"]
-        found.append(last.with_name(f"step_{step}"))
-    return tuple(found) if all(path.is_dir() for path in found) else None
+        start.append(last.with_name(f"step_{step}"))
+    return found(start)
 
 
-def steps(checkpoints):
-    """Their names, one if all have the same."""
-    names = [path.name for path in checkpoints]
-    return names[0] if len(set(names)) == 1 else ", ".join(names)
+def found(paths):
+    """The checkpoints, None if not all are there."""
+    return tuple(paths) if all(path.is_dir() for path in paths) else None
 
 
 def seen_notes(arms, splits):
