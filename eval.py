@@ -222,7 +222,8 @@ class EvaluatedRun:
             written = int(checkpoint.stat().st_mtime)
             model = self.loader.settings_of(checkpoint)["model"]
         e = self.cfg.eval
-        key = [player, written, scene.env, place.temperature, n, e.verify_iters, e.seed]
+        key = [player, written, scene.env, place.split, place.temperature, n]
+        key += [e.verify_iters, e.seed]
         episodes = self.cells.find(key, made_by(scene.env, model))
         if episodes is not None:
             bar.update(n)

@@ -170,20 +170,20 @@ class Comparison:
             init = trained_with(last)["ppo"]["init"]
             start.append(run / init)
             if init != "none" and not start[-1].is_dir():
-                self.notes.append(f"{training.name}: {start[-1]}, where it began, is gone")
+                self.notes.append(f"{training.name}: {init}, where it began, is gone")
         return found(start)
 
     def _given_start(self, training, init):
         """Where PPO would begin by the given configuration, if that lies in this SFT training."""
         if init == "none":
             return None
-        start = found([run / init for run in self.runs])
-        if start is None:
-            self.notes.append(f"ppo.init: no checkpoint {self.runs[0] / init}; Init is the step "
-                              "sft.init_step of each SFT")
-        elif start[0].parent.name == training.name:
-            return start
-        return own_start(training)
+        start = None
+        if init.startswith(f"{training.name}/"):
+            start = found([run / init for run in self.runs])
+            if start is None:
+                self.notes.append(f"ppo.init: no checkpoint {init}, so Init is the step "
+                                  "sft.init_step")
+        return start or own_start(training)
 
     # ------------------------------------------------------------ equal compute
     def mean_gflops(self, paths):
@@ -192,17 +192,22 @@ class Comparison:
     def _nearest(self, training, ppo):
         """The checkpoints of an SFT training, one per run, nearest to the compute of a PPO arm."""
         nearest = []
-        for paths, last in zip(training.checkpoints, ppo.checkpoints):
+        for run, paths, last in zip(self.runs, training.checkpoints, ppo.checkpoints):
             budget = self.gflops(last)
             path = min(paths, key=lambda path: abs(self.gflops(path) - budget))
             nearest.append(path)
-            gap = self.gflops(path) - budget
-            if abs(gap) > EQUAL_COMPUTE * budget:
-                more = "more" if gap > 0 else "less"
-                self.notes.append(
-                    f"not at equal compute: {path} has {self.gflops(path):,.0f} model GFLOPs, "
-                    f"{100 * abs(gap) / budget:.1f} % {more} than {last} ({budget:,.0f})")
+            if abs(self.gflops(path) - budget) > EQUAL_COMPUTE * budget:
+                self._note_gap(run, path, last)
         return tuple(nearest)
+
+    def _note_gap(self, run, sft, ppo):
+        spent, budget = self.gflops(sft), self.gflops(ppo)
+        more = "more" if spent > budget else "less"
+        where = f" in {run}" if len(self.runs) > 1 else ""
+        self.notes.append(
+            f"not at equal compute{where}: {sft.relative_to(run)} has {spent:,.0f} model GFLOPs, "
+            f"{100 * abs(spent / budget - 1):.1f} % {more} than {ppo.relative_to(run)} "
+            f"({budget:,.0f})")
 
 
 def own_start(training):

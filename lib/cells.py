@@ -33,7 +33,7 @@ class Cells:
     def __init__(self, path):
         self.path = path
         self.known = {}  # key as JSON -> [(made_by, episodes)], the latest last
-        self.said = set()  # what was told to have changed
+        self.said = set()  # whose cells were told to be played again
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         kept = []
         for line in text.splitlines():
@@ -62,14 +62,13 @@ class Cells:
             if not changed:
                 return episodes
         if changed:
-            self._say(" and ".join(changed))
+            self._say(f"other {' and '.join(changed)}" if before else "an older version")
         return None
 
-    def _say(self, changed):
-        if changed not in self.said:
-            self.said.add(changed)
-            tqdm.write(f"{self.path}: other {changed} than before, so it is played again",
-                       file=sys.stderr)
+    def _say(self, maker):
+        if maker not in self.said:
+            self.said.add(maker)
+            tqdm.write(f"{self.path}: what {maker} made is played again", file=sys.stderr)
 
     def add(self, key, made_by, episodes):
         self._remember(key, made_by, episodes)

@@ -607,7 +607,6 @@ def test_pooled_runs_join_their_hands(evaluated, tmp_path, no_model, capsys):
         (["eval.variants={ID: 5}"], "ID"),
         (["eval.variants={ID: {rul: ten}}"], "rule"),
         (["eval.variants={ID: {rule: eleven}}"], "rule"),
-        (["ppo.init=sft/step_99"], "step_99"),
         (["env.name=chess"], "chess"),
         (["env.nam=gp"], "env.nam"),
         (["env.name=[]"], "env.name"),
