@@ -115,6 +115,7 @@ def code_digest(root):
     return digest.hexdigest()[:16]
 
 
+@cache
 def versions():
     """Of Python and the libraries."""
     major, minor, _ = platform.python_version_tuple()
