@@ -4,10 +4,11 @@
                                                   eval.runs=[runs/a,runs/b] pools the runs of seeds
     python report.py CONFIG.yaml                  tables, paired differences, the paper's Figure 5
 
-Arms: Init (the checkpoint ppo.init), every rl* folder (its last checkpoint) and every sft* folder
-(the checkpoint whose model FLOPs are nearest to rl's: equal compute; the last one if there is no
-rl). All arms play the same episodes, so differences are paired. The environment says what is shown
-(env.reports) and which reference policies stand below the arms (env.references).
+Arms (lib/arms.py): where PPO began (Init), every rl* folder (its last checkpoint) and every sft*
+folder (the checkpoint whose model FLOPs are nearest to those of the PPO that began in it: equal
+compute; the last one if none did). All arms play the same episodes, so differences are paired. The
+environment says what is shown (env.reports) and which reference policies stand below the arms
+(env.references). A cell is played again when the code, the model or the libraries have changed.
 
 A metric is right / all, summed over episodes. Its 95 % interval is a bootstrap that resamples hands
 or routes within the runs given. It covers the luck of the problems, not that of the training:
@@ -26,18 +27,19 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from importlib.metadata import version
+from functools import cache
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import yaml
 from tqdm import tqdm
 
+from lib.arms import Comparison, seen_notes, trained_with
+from lib.cells import Cells, made_by, versions, writing
 from lib.results import Estimate, Point, Report, temperature_name
-from lib.runs import checkpoints, write_atomic, written_whole
+from lib.runs import write_atomic, written_whole
 from lib.settings import MAY_CHANGE, ROOT, UserError, load, run_main, within_memory
 from lib.training import load_state
 from policy import Policy
@@ -45,7 +47,6 @@ from rollout import evaluate, make_env, play_reference, transcript
 
 RESAMPLES = 2000
 CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "Pillow")
 
 
 # ---------------------------------------------------------------- statistics, pure
@@ -132,47 +133,20 @@ def summarize(cells):
     return rows
 
 
-def differences(cells, pairs, e):
+def differences(cells, pairs):
     """Rows of paired differences, see lib/results.py.
 
-    Args: cells: {Place: episodes}; pairs: list of (arm, base); e: the settings `eval`.
+    Args: cells: {Place: episodes}; pairs: list of (arm, base).
     """
     rows = []
-    places = product(e.splits, e.variants, e.temperatures, pairs)
-    for split, variant, temperature, (arm, base) in places:
-        found = estimates(cells[split, variant, arm, temperature],
-                          cells[split, variant, base, temperature])
-        rows.append({"split": split, "variant": variant, "temperature": temperature,
-                     "arm": arm, "base": base, "metrics": found})
+    sampled = [place._replace(arm=None) for place in cells if place.temperature is not None]
+    for place, (arm, base) in product(dict.fromkeys(sampled), pairs):
+        found = estimates(cells[place._replace(arm=arm)], cells[place._replace(arm=base)])
+        rows.append({**place._asdict(), "arm": arm, "base": base, "metrics": found})
     return rows
 
 
 # ---------------------------------------------------------------- arms
-def find_arms(run_dir, init):
-    """{arm: paths of its checkpoints in order}, Init first; Init's own folder is also an sft arm.
-
-    Raises: UserError if there is nothing to evaluate, or no Init.
-    """
-    arms = {}
-    start = run_dir / init
-    if init != "none":
-        if not start.is_dir():
-            raise UserError(f"no checkpoint {start}; run sft.py first, or set ppo.init")
-        arms["Init"] = [start]
-    for folder in sorted(run_dir.glob("sft*")) + sorted(run_dir.glob("rl*")):
-        found = dict(checkpoints(folder))  # step -> path
-        if found:
-            arms[folder.name] = list(found.values())
-    if not arms:
-        raise UserError(f"nothing to evaluate under {run_dir}: run sft.py and rl.py first")
-    return arms
-
-
-def trained_with(checkpoint):
-    """The settings that a checkpoint's arm was trained with: the nested dict of its config.yaml."""
-    return yaml.safe_load((checkpoint.parent / "config.yaml").read_text())
-
-
 def arm_settings(checkpoint, cfg):
     """Arguments of the Policy of a checkpoint: its arm's settings.
 
@@ -195,9 +169,16 @@ class Loader:
     def __init__(self, cfg):
         self.cfg = cfg
         self.policy = self.settings = self.loaded = None
+        self.by_training = {}  # folder: its arm_settings
+
+    def settings_of(self, checkpoint):
+        training = checkpoint.parent
+        if training not in self.by_training:
+            self.by_training[training] = arm_settings(checkpoint, self.cfg)
+        return self.by_training[training]
 
     def get(self, checkpoint):
-        settings = arm_settings(checkpoint, self.cfg)
+        settings = self.settings_of(checkpoint)
         with within_memory("loading the model", self.cfg):
             if self.settings != settings:
                 self.policy = self.settings = self.loaded = None  # before the next needs its memory
@@ -213,7 +194,8 @@ def save_merged(checkpoint, cfg, folder):
     """Write a checkpoint as a normal model folder: LoRA merged into the 16-bit base, on the CPU."""
     settings = arm_settings(checkpoint, cfg)
     vars(settings["model"]).update(quantization="none", dtype="bfloat16", device="cpu")
-    with within_memory(f"merging {checkpoint}", cfg), written_whole(folder) as temporary:
+    merging = within_memory(f"merging {checkpoint}", cfg)
+    with writing(folder), merging, written_whole(folder) as temporary:
         policy = Policy(**settings)
         policy.load(checkpoint, value_head=False)
         policy.save_merged(temporary)
@@ -221,166 +203,169 @@ def save_merged(checkpoint, cfg, folder):
 
 # ---------------------------------------------------------------- one run
 class EvaluatedRun:
-    """A run folder: its arms and its cells, each played once and kept in evaluations.jsonl.
+    """A run folder and its cells, each played once and kept in evaluations.jsonl (lib/cells.py).
 
     A cell is a list of episodes {cluster, counts}, see rollout.counts.
     """
 
     def __init__(self, folder, cfg, loader):
-        self.folder, self.cfg, self.loader = Path(folder), cfg, loader
-        self.arms = find_arms(self.folder, cfg.ppo.init)
-        paths = set(chain(*self.arms.values()))
-        self.gflops = {path: load_state(path)["gflops"] for path in paths}
-        budget = self.gflops[self.arms["rl"][-1]] if "rl" in self.arms else None
-        self.shown = {}  # arm -> its checkpoint in the table
-        for arm, trained in self.arms.items():
-            self.shown[arm] = trained[-1]
-            if arm.startswith("sft") and budget:
-                self.shown[arm] = min(trained, key=lambda path: abs(self.gflops[path] - budget))
-        self.path = self.folder / "evaluations.jsonl"
-        self.known = read_cells(self.path)
+        self.folder, self.cfg, self.loader = folder, cfg, loader
+        self.cells = Cells(folder / "evaluations.jsonl")
 
-    def key(self, place, checkpoint, n):
-        """What a cell depends on; of a checkpoint also when it was written."""
-        player, written = place.arm, None
-        if checkpoint:
-            player = str(checkpoint.relative_to(self.folder))
-            written = int(checkpoint.stat().st_mtime)
-        e = self.cfg.eval
-        env = {**self.cfg.env, **e.variants[place.variant]}
-        return [player, written, env, place.split, place.temperature, n, e.verify_iters, e.seed]
-
-    def cell(self, place, checkpoint, n, bar):
+    def cell(self, place, scene, checkpoint, n, bar):
         """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts."""
         temperature = temperature_name(place.temperature)
         bar.set_description(f"{place.arm}, {place.variant}, {place.split}, {temperature}")
-        key = self.key(place, checkpoint, n)
-        name = json.dumps(key)
-        if name in self.known:
+        player, written, model = place.arm, None, None
+        if checkpoint:
+            player = os.path.relpath(checkpoint, self.folder)
+            written = int(checkpoint.stat().st_mtime)
+            model = self.loader.settings_of(checkpoint)["model"]
+        e = self.cfg.eval
+        key = [player, written, scene.env, place.split, place.temperature, n]
+        key += [e.verify_iters, e.seed]
+        episodes = self.cells.find(key, made_by(scene.env, model))
+        if episodes is not None:
             bar.update(n)
-            return self.known[name]
-        episodes = self.known[name] = []
-        for record in self.play(place, checkpoint, n, bar):
+            return episodes
+        episodes = []
+        for record in self.play(place, scene, checkpoint, n, bar):
             episodes.append({"cluster": record["cluster"], "counts": record["counts"]})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "episodes": episodes}) + "\n")
+        self.cells.add(key, made_by(scene.env, model), episodes)  # by now a hub's model is here
         return episodes
 
-    def play(self, place, checkpoint, n, bar=None):
+    def play(self, place, scene, checkpoint, n, bar=None):
         """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
-        e, env = self.cfg.eval, self.cfg.env
-        changes = {"split": place.split, **e.variants[place.variant]}
+        e = self.cfg.eval
         if checkpoint is None:
             bar.update(n)
-            return play_reference(env, place.arm, n, e.seed, e.verify_iters, **changes)
+            return play_reference(scene.env, place.arm, n, e.seed, e.verify_iters)
         policy = self.loader.get(checkpoint)
         ways = ("model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false")
         with within_memory("sampling", self.cfg, *ways):
-            return evaluate(policy, env, n, e.seed, e.verify_iters, place.temperature,
-                            e.batch_size, bar, **changes)
-
-
-def read_cells(path):
-    """{key as JSON: cell} of an evaluations.jsonl, which keeps only the lines that can be read."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    cells, kept = {}, []
-    for line in text.splitlines():
-        with suppress(ValueError, KeyError):  # cut off by a kill, or of an older version
-            stored = json.loads(line)
-            cells[json.dumps(stored["key"])] = stored["episodes"]
-            kept.append(line + "\n")
-    if "".join(kept) != text:
-        write_atomic(path, "".join(kept))
-    return cells
+            return evaluate(policy, scene.env, n, e.seed, e.verify_iters, place.temperature,
+                            e.batch_size, bar)
 
 
 # ---------------------------------------------------------------- the runs together
+class Scene(NamedTuple):
+    """What is played at a split and variant: settings of the environment, and how often."""
+    env: dict
+    n: int
+
+
 class Evaluation:
     """The runs of one or several seeds, what is played in each, and how far that is.
 
-    Attributes: arms: names of those that all runs have; places: of the table, in its order.
+    Attributes: scenes: {(split, variant): Scene}; places: of the table, in its order.
     Raises: UserError if a run has no arms, or eval.save_merged names one that not all runs have.
     """
 
     def __init__(self, cfg):
         e = self.e = cfg.eval
-        loader = Loader(cfg)
-        self.runs = [EvaluatedRun(folder, cfg, loader) for folder in e.runs or [cfg.run.dir]]
-        self.arms = list(self.runs[0].arms)
-        for run in self.runs:
-            self.arms = [arm for arm in self.arms if arm in run.arms]
+        folders = [Path(folder) for folder in e.runs or [cfg.run.dir]]
+        self.gflops = cache(lambda checkpoint: load_state(checkpoint)["gflops"])
+        self.comparison = Comparison(folders, cfg.ppo.init, self.gflops)
+        self.shown = {arm.name: arm.checkpoints for arm in self.comparison.arms}
         for name in e.save_merged:
-            if name not in self.arms:
-                raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.arms)}")
-        self.places = []
+            if name not in self.shown:
+                raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.shown)}")
+        loader = Loader(cfg)
+        self.runs = [EvaluatedRun(folder, cfg, loader) for folder in folders]
+        self.scenes, self.places = {}, []
         self.reports = None  # those that the environments of all variants have
         for split, variant in product(e.splits, e.variants):
-            changes = {"split": split, **e.variants[variant]}
-            env = make_env(cfg.env, e.verify_iters, **changes)
-            for player in [*product(self.arms, e.temperatures), *product(env.references, [None])]:
-                self.places.append(Place(split, variant, *player))
-            names = [name for name, *_ in env.reports]
-            reports = self.reports or [Report(*report) for report in env.reports]
-            self.reports = [report for report in reports if report.name in names]
-        self.curve_points = {}  # arm -> which of its checkpoints the curve shows, evenly spread
-        for arm in ("Init", "sft", "rl"):
-            if e.curve_n and arm in self.arms:
-                fewest = min(len(run.arms[arm]) for run in self.runs)
-                points = torch.linspace(0, fewest - 1, min(fewest, CURVE_POINTS))
-                self.curve_points[arm] = points.round().int().tolist()
+            self._add_scene(cfg.env, split, variant)
+        self.curve_points = self._find_curve_points() if e.curve_n else {}
         points = len(e.variants) * sum(map(len, self.curve_points.values()))
-        n = points * e.curve_n + sum(e.splits[place.split] for place in self.places)
+        n = points * e.curve_n + sum(self.scene(place).n for place in self.places)
         self.bar = tqdm(total=n * len(self.runs), unit="episode", disable=None)
+
+    def _add_scene(self, settings, split, variant):
+        """Its places, arms first; what an environment plays whatever its split is shown once."""
+        env_settings = {**settings, "split": split, **self.e.variants[variant]}
+        env = make_env(env_settings, self.e.verify_iters)
+        played = getattr(env, "playing", None) or split
+        if (played, variant) in self.scenes:
+            return
+        self.scenes[played, variant] = Scene(env_settings, self.e.splits[split])
+        arms = product(self.shown, self.e.temperatures)
+        for player in [*arms, *product(env.references, [None])]:
+            self.places.append(Place(played, variant, *player))
+        names = [name for name, *_ in env.reports]
+        reports = self.reports or [Report(*report) for report in env.reports]
+        self.reports = [report for report in reports if report.name in names]
+
+    def _find_curve_points(self):
+        """{Init or training: checkpoints per run, of each point on its curve}, evenly spread."""
+        points = {}
+        for init in self.comparison.inits:
+            points[init.name] = [init.checkpoints]
+        for training in self.comparison.trainings:
+            steps = list(zip(*training.checkpoints))  # as far as all runs come
+            spread = torch.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS))
+            points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
+        return points
+
+    def scene(self, place):
+        return self.scenes[place.split, place.variant]
+
+    def leading_place(self, arm, variant):
+        """Of an arm at the first split and temperature."""
+        split = next(split for split, other in self.scenes if other == variant)
+        return Place(split, variant, arm, self.e.temperatures[0])
 
     def tables(self):
         """{run folder: {Place: episodes}}."""
         tables = {}
-        for run in self.runs:
+        for nth, run in enumerate(self.runs):
             tables[str(run.folder)] = cells = {}
             for place in self.places:
-                checkpoint = run.shown.get(place.arm)
-                cells[place] = run.cell(place, checkpoint, self.e.splits[place.split], self.bar)
+                checkpoint = self.shown[place.arm][nth] if place.arm in self.shown else None
+                scene = self.scene(place)
+                cells[place] = run.cell(place, scene, checkpoint, scene.n, self.bar)
         return tables
 
-    def point(self, place, nth):
-        """The Point of an arm's nth checkpoint; its compute is the mean over the runs."""
-        episodes, gflops = [], 0
-        for run in self.runs:
-            checkpoint = run.arms[place.arm][nth]
-            episodes += run.cell(place, checkpoint, self.e.curve_n, self.bar)
-            gflops += run.gflops[checkpoint]
+    def point(self, place, checkpoints):
+        """The Point of checkpoints, one per run; its compute is the mean over the runs."""
+        episodes = []
+        for run, checkpoint in zip(self.runs, checkpoints):
+            episodes += run.cell(place, self.scene(place), checkpoint, self.e.curve_n, self.bar)
         recognized, asked = map(sum, zip(*columns(episodes)["recognized"]))
         estimate = estimates(episodes)[self.reports[0].lead]
-        return Point(gflops / len(self.runs), *estimate, 100 * (recognized / asked))
+        gflops = self.comparison.mean_gflops(checkpoints)
+        return Point(gflops, *estimate, 100 * (recognized / asked))
 
     def curve(self, variant):
-        """{arm: Points in the order of training}; rl's starts at Init."""
+        """{Init or training: Points in the order of training}; that of PPO begins at its Init."""
         curve = {}
-        for arm, numbers in self.curve_points.items():
-            place = Place(next(iter(self.e.splits)), variant, arm, self.e.temperatures[0])
-            curve[arm] = [self.point(place, nth) for nth in numbers]
-        if "rl" in curve:
-            curve["rl"] = curve.get("Init", []) + curve["rl"]
+        for name, points in self.curve_points.items():
+            place = self.leading_place(name, variant)
+            curve[name] = [self.point(place, checkpoints) for checkpoints in points]
+        for arm in self.comparison.ppo:
+            if arm.starts and curve:
+                curve[arm.name] = curve[arm.starts[0].name] + curve[arm.name]
         return curve
 
     def transcripts(self):
         """Episodes of each arm of the first run, at the first split and temperature."""
-        found, run = [], self.runs[0]
-        for arm, variant in product(self.arms, self.e.variants):
-            place = Place(next(iter(self.e.splits)), variant, arm, self.e.temperatures[0])
-            records = run.play(place, run.shown[arm], self.e.transcripts)
+        found = []
+        for arm, variant in product(self.shown, self.e.variants):
+            place = self.leading_place(arm, variant)
+            records = self.runs[0].play(place, self.scene(place), self.shown[arm][0],
+                                        self.e.transcripts)
             episodes = [list(map(transcript, record["turns"])) for record in records]
             found.append({"arm": arm, "variant": variant, "episodes": episodes})
         return found
 
     def minutes(self):
-        """{arm: minutes of its training, mean over the runs}, of the arms that logged them."""
+        """{training: its minutes, mean over the runs}, of those that logged them."""
         found = Counter()
-        for run, arm in product(self.runs, self.arms):
-            with suppress(FileNotFoundError):  # Init has no log of its own
-                log = (run.folder / arm / "metrics.jsonl").read_text(encoding="utf-8")
+        for run, training in product(self.runs, self.comparison.trainings):
+            with suppress(FileNotFoundError):
+                log = (run.folder / training.name / "metrics.jsonl").read_text(encoding="utf-8")
                 for line in log.splitlines():
-                    found[arm] += json.loads(line)["seconds"] / 60 / len(self.runs)
+                    found[training.name] += json.loads(line)["seconds"] / 60 / len(self.runs)
         return found
 
 
@@ -393,53 +378,55 @@ def provenance():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"commit": commit or "unknown",
             "machine": f"{device}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-            "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES)}
+            "versions": versions()}
 
 
 # ---------------------------------------------------------------- the command
 def main(arguments):
     started = time.monotonic()
     cfg, _, _ = load(arguments)
-    e = cfg.eval
+    e, out = cfg.eval, Path(cfg.run.dir)
     evaluation = Evaluation(cfg)
-    runs, arms, tables = evaluation.runs, evaluation.arms, evaluation.tables()
+    runs, pairs, tables = evaluation.runs, evaluation.comparison.pairs(), evaluation.tables()
     pooled = {}
     for place in evaluation.places:
         pooled[place] = list(chain(*[table[place] for table in tables.values()]))
-    pairs = [*product(arms[1:], ["Init"])] if arms[0] == "Init" else []  # (arm, base)
-    if "rl" in arms and "sft" in arms:
-        pairs.append(("rl", "sft"))
     gflops = {}
-    for arm in arms:
-        gflops[arm] = sum(run.gflops[run.shown[arm]] for run in runs) / len(runs)
+    for arm in evaluation.comparison.arms:
+        gflops[arm.name] = evaluation.comparison.mean_gflops(arm.checkpoints)
+    first_arm = evaluation.comparison.arms[0]
+    splits = {split: scene.n for (split, _), scene in evaluation.scenes.items()}
+    notes = evaluation.comparison.notes + seen_notes(evaluation.comparison.arms, splits)
     result = {
         "runs": list(tables),
-        "seeds": [trained_with(run.shown[arms[0]])["run"]["seed"] for run in runs],
+        "seeds": [trained_with(path)["run"]["seed"] for path in first_arm.checkpoints],
         **provenance(),
         "reports": [report._asdict() for report in evaluation.reports],
-        "splits": e.splits, "variants": e.variants,
+        "splits": splits, "variants": e.variants,
         "temperatures": e.temperatures, "curve_n": e.curve_n,
-        "gflops": gflops,
+        "gflops": gflops, "notes": notes,
         "table": summarize(pooled),
-        "differences": differences(pooled, pairs, e),
+        "differences": differences(pooled, pairs),
         "per_run": {},
         "curves": {variant: evaluation.curve(variant) for variant in e.variants},
     }
     if len(runs) > 1:
         for folder, table in tables.items():
-            result["per_run"][folder] = differences(table, pairs, e)
+            result["per_run"][folder] = differences(table, pairs)
     evaluation.bar.close()
     if e.transcripts:
         result["transcripts"] = evaluation.transcripts()
     minutes = {**evaluation.minutes(), "eval": (time.monotonic() - started) / 60}
     result["minutes"] = {name: round(spent, 1) for name, spent in minutes.items()}
-    out = Path(cfg.run.dir)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}/evaluation.json; python report.py {out} shows it", file=sys.stderr)
-    for arm in e.save_merged:
-        save_merged(runs[0].shown[arm], cfg, out / arm / "merged")
-        print(f"written: {out / arm / 'merged'}", file=sys.stderr)
+    path = out / "evaluation.json"
+    with writing(path):
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}; python report.py {out} shows it", file=sys.stderr)
+    for name in e.save_merged:
+        folder = out / name / "merged"
+        save_merged(evaluation.shown[name][0], cfg, folder)
+        print(f"written: {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import argparse
 import json
 import os
 import re
-from itertools import chain, product
+from itertools import chain, cycle, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +37,8 @@ from lib.settings import ROOT, UserError, load, run_main
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
+OTHER_COLORS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
+                "tab:cyan", "tab:gray")
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
     "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
@@ -56,7 +58,7 @@ def read(path):
         raise UserError(f"cannot read {path}: run eval.py first") from None
     if "reports" not in stored:
         raise UserError(f"{path} is of an older version: run eval.py again")
-    return SimpleNamespace(**{"transcripts": [], **stored})
+    return SimpleNamespace(**{"transcripts": [], "notes": [], **stored})
 
 
 def as_class(stored):
@@ -118,16 +120,18 @@ def table_lines(results):
 
 def difference_lines(results):
     """The paired differences, a block per report, of its leading metric."""
+    split_width = max(8, *[len(split) + 2 for split in results.splits])
     variant_width = max(map(len, results.variants)) + 2
-    pair_width = 2 * max(map(len, results.gflops)) + 5
+    pair_width = max(len(row["arm"] + row["base"]) + 6 for row in results.differences)
     heads = "".join(f"{temperature_name(t):^24}" for t in results.temperatures)
     lines = []
     for report in results.reports:
         lines += ["", f"paired differences of {report.name} in points [95 % interval]",
-                  " " * (8 + variant_width + pair_width) + heads]
+                  " " * (split_width + variant_width + pair_width) + heads]
         found = grouped(results.differences, "split", "variant", "arm", "base")
         for (split, variant, arm, base), by_temperature in found.items():
-            line = f"{split:8}{variant:{variant_width}}{arm + ' - ' + base:{pair_width}}"
+            pair = f"{arm} - {base}"
+            line = f"{split:{split_width}}{variant:{variant_width}}{pair:{pair_width}}"
             for row in by_temperature.values():
                 gap = row["metrics"].get(report.lead)
                 if gap:
@@ -154,6 +158,8 @@ def print_transcripts(results):
 def draw(results, path):
     """The leading metric against model GFLOPs, one panel per variant (ID on top): Figures 5 and 7.
 
+    Arms beside Init, sft and rl have colours of their own and are named above the panels.
+
     With a report on recognition, a second column: the same against recognition (Figure 8).
     """
     import matplotlib
@@ -166,32 +172,38 @@ def draw(results, path):
                                 figsize=(5 * columns, 2.7 * len(variants)))
     everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
     most_gflops, *_ = max(everywhere)
+    others = cycle(OTHER_COLORS)
+    colors = {arm: COLORS.get(arm) or next(others) for arm in results.curves[next(iter(variants))]}
     for panels, variant in zip(axes, variants):
         panels[0].set_ylabel(f"{variant}\n{lead.name} % ({temperature})")
         for arm, points in results.curves[variant].items():
-            draw_arm(panels, arm, points, most_gflops)
+            draw_arm(panels, arm, points, colors[arm], most_gflops)
         for panel in panels:
             panel.grid(alpha=0.3)
     size = f"{results.curve_n} episodes per seed and point, seeds: {len(results.seeds)}"
     axes[0][0].set_title(size, fontsize=8)
-    axes[0][0].legend(loc="lower right", fontsize=8)
+    if set(colors) <= set(COLORS):
+        axes[0][0].legend(loc="lower right", fontsize=8)
+    else:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8,
+                      loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
     axes[-1][0].set_xlabel("model GFLOPs (6ND trained + 2ND sampled)")
     if columns == 2:
         axes[-1][1].set_xlabel("recognition % (paler: less compute)")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight" if figure.legends else None)
     plt.close(figure)
 
 
-def draw_arm(panels, arm, points, most_gflops):
+def draw_arm(panels, arm, points, color, most_gflops):
     """An arm's Points: a curve with its 95 % band over compute, then dots over recognition.
 
     The dots are the fuller the more compute was spent. Init is a star.
     """
     gflops, value, low, high, recognition = zip(*points)
-    color, name = COLORS[arm], NAMES[arm]
+    name = NAMES.get(arm, arm)
     compute, *others = panels
-    if arm == "Init":
+    if arm.startswith("Init"):
         compute.plot(gflops, value, "*", color=color, label=name, markersize=12, zorder=5)
         dots = {"marker": "*", "s": 144, "zorder": 5}
     else:
@@ -280,7 +292,8 @@ def table_block(fields, folder):
         body.append(cells)
     compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
-    return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body)
+    notes = [f"\nNote: {note}." for note in results.notes]
+    return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
 
 
 def trainings_block(fields, folder):
@@ -401,6 +414,8 @@ def main(arguments):
     print(*table_lines(results), sep="\n")
     if results.differences:
         print(*difference_lines(results), sep="\n")
+    for note in results.notes:
+        print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":
         draw(results, path.with_suffix(".png"))
         print(f"\nwritten: {path.with_suffix('.png')}")

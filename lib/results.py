@@ -1,16 +1,20 @@
 """What evaluation.json is made of: eval.py writes it, report.py reads it. No torch in this file.
 
     reports                    what the environment wants shown: {name, title, metrics} each
-    splits, variants           episodes per run and split; changes of the environment per variant
+    splits, variants           episodes per run and split (or what is played whatever the split);
+                               changes of the environment per variant
     temperatures, curve_n      sampled at; episodes per run and point of a curve
     gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
+    notes                      lines that the table must not be read without: compute that is not
+                               equal, arms that were trained on what is played
     table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate}}
                                in %; of a reference policy the temperature is null
     differences                rows {split, variant, temperature, arm, base, metrics} in points
     per_run                    {run folder: its own differences}, where several runs are pooled
-    curves                     {variant: {arm: [Point]}}, at the first split and temperature
+    curves                     {variant: {Init or training: [Point]}}, at the first split and
+                               temperature
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
-    runs, seeds, minutes       run folders, their seeds, minutes of training per arm
+    runs, seeds, minutes       run folders, their seeds, minutes per training
     commit, machine, versions  where and with what it was measured
 """
 from typing import NamedTuple

@@ -1,11 +1,14 @@
 """Weights of a policy on disk: adapters in peft's own format, value head, library versions."""
 import hashlib
 import re
+import shutil
+from pathlib import Path
 
 import bitsandbytes
 import peft
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -33,8 +36,31 @@ def save_merged(policy, folder):
 
 
 def _save_model(policy, model, folder):
-    for part in (model, policy.tokenizer, policy.image_processor):
-        part.save_pretrained(folder)
+    """All but the weights is copied from the base's folder: whichever version of transformers reads
+    that reads this, too, which is not so of what a newer version writes itself."""
+    model.save_pretrained(folder)
+    if policy.tokenizer.name_or_path != model.name_or_path:  # random weights: two folders
+        policy.tokenizer.save_pretrained(folder)
+        policy.image_processor.save_pretrained(folder)
+        return
+    for file in model_folder(model.name_or_path).iterdir():
+        lists_weights = file.name.endswith(".index.json")
+        if file.suffix in (".json", ".jinja", ".model", ".txt") and not lists_weights:
+            shutil.copyfile(file, folder / file.name)
+    config = folder / "config.json"
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = config.read_text(encoding="utf-8")  # may hold a dtype per part
+    text = re.sub(r'("(torch_)?dtype": )"\w+"', rf'\1"{dtype}"', text)
+    config.write_text(text, encoding="utf-8")
+
+
+def model_folder(name):
+    """The files of a model: its local folder, or the hub's as far as it has been downloaded, else
+    None."""
+    if Path(name).is_dir():
+        return Path(name)
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def load_weights(policy, folder, value_head=True):

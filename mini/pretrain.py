@@ -250,6 +250,23 @@ def continue_from(folder, model, recipe):
     model.load_state_dict(weights)
 
 
+def save(model, processor, out):
+    """A model folder whose files transformers 4.57 reads as well, for `eval.save_merged`."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    processor.save_pretrained(out)
+    config = json.loads((out / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"]["rope_theta"] = rope.pop("rope_theta")
+    config["text_config"]["rope_scaling"] = rope
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    del tokenizer["backend"]
+    for name, settings in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        (out / name).write_text(text + "\n")
+
+
 def main(path, *stages):
     recipe = yaml.safe_load(Path(path).read_text())
     out = Path(recipe["out"])
@@ -264,8 +281,7 @@ def main(path, *stages):
             figures = json.loads((out / "training.json").read_text())
             continue_from(out, model, recipe)
             figures["vision"] = train_vision(model, processor, recipe, game)
-        model.to(torch.bfloat16).save_pretrained(out)
-        processor.save_pretrained(out)
+        save(model, processor, out)
         (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(figures[stage])
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import random
+import resource
 import shutil
 from fractions import Fraction
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
-from lib.checks import choice, whole
+from lib import cells
+from lib.arms import Comparison, seen_notes
+from lib.checks import choice, optional, text, whole
 from lib.settings import UserError
 from rollout import Play, counts, evaluate, make_env, play_reference
 
@@ -23,13 +26,12 @@ from rollout import Play, counts, evaluate, make_env, play_reference
 class Corridor:
     """Forward or turn at each position, stop at the last; each begins a new conversation."""
 
-    SETTINGS = {"longest": whole(1), "split": choice("all")}
+    SETTINGS = {"longest": whole(1), "split": choice("all", "unseen"), "plan": optional(text)}
     answer_key, references = "", ("always forward", "expert")
 
-    def __init__(self, longest=4, split="all", verify_iters=2):
-        if split != "all":
-            raise ValueError(f"split: {split!r} is not all")
+    def __init__(self, longest=4, split="all", plan=None, verify_iters=2):
         self.longest, self.verify_iters = longest, verify_iters
+        self.playing = plan and "the plan"
         self.reports = [
             (
                 "per-step accuracy",
@@ -451,6 +453,144 @@ def test_transcripts_hold_whole_episodes(main, toy):
         )
 
 
+def played(monkeypatch):
+    """A list of the checkpoints and references that are played from now on."""
+    found, evaluate, reference = [], evaluation.evaluate, evaluation.play_reference
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda p, *a: found.append(p.loaded.name) or evaluate(p, *a)
+    )
+    monkeypatch.setattr(
+        evaluation, "play_reference", lambda env, *a: found.append(a[0]) or reference(env, *a)
+    )
+    return found
+
+
+@pytest.mark.parametrize("what", ["code_digest", "model_digest", "versions", "data_digest"])
+def test_what_other_means_made_is_played_again_and_that_is_said_once(
+    main, monkeypatch, capsys, what
+):
+    run, folder = main
+    few = ("eval.temperatures=[0]", "eval.curve_n=0", "eval.splits={all: 3}")
+    run(*few)
+    first = saved(folder)["table"]
+    capsys.readouterr()
+    usual = getattr(cells, what)
+    monkeypatch.setattr(cells, what, lambda *_: "other")
+    found = played(monkeypatch)
+    run(*few)
+    part = {"versions": "libraries"}.get(what, what.split("_")[0])
+    said = f"{folder}/evaluations.jsonl: what other {part} made is played again\n"
+    assert capsys.readouterr().err.count(said) == 1
+    references = [] if part == "model" else 2 * list(Corridor.references)  # in both variants
+    assert sorted(found) == sorted(2 * ["step_1", "step_3", "step_4"] + references)
+    assert saved(folder)["table"] == first
+    found.clear()
+    run(*few)
+    monkeypatch.setattr(cells, what, usual)
+    run(*few)
+    assert not found and "played again" not in capsys.readouterr().err  # both are kept
+
+
+def test_cells_that_do_not_say_what_made_them_are_played_again(main, monkeypatch, capsys):
+    run, folder = main
+    few = ("eval.temperatures=[0]", "eval.curve_n=0", "eval.splits={all: 3}")
+    run(*few)
+    path, found = folder / "evaluations.jsonl", played(monkeypatch)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["made_by"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(*few)
+    assert len(found) == len(lines)
+    assert "what an older version made is played again" in capsys.readouterr().err
+
+
+def test_model_that_is_not_here_may_be_the_one_that_played(main, monkeypatch):
+    """A table can be made again on a machine without the weights."""
+    run, _ = main
+    run("eval.curve_n=0")
+    found = played(monkeypatch)
+    monkeypatch.setattr(cells, "model_folder", lambda name: None)
+    run("eval.curve_n=0")
+    assert not found
+
+
+def test_code_is_what_the_players_import(tmp_path):
+    """Not what they do not import, nor comments."""
+
+    def digest(**files):
+        for name, source in files.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        cells.code_digest.cache_clear()
+        return cells.code_digest(tmp_path)
+
+    first = digest(
+        rollout="import game\n", policy="import torch\n", game="def f():\n  import deck\n",
+        deck="x = 1\n", report="y = 1\n",
+    )
+    assert digest(report="y = 2\n", deck="x = 1  # one\n\n") == first
+    assert digest(deck="x = 2\n") != first
+    assert digest(deck="x = 1\n") == first
+    cells.code_digest.cache_clear()
+
+
+def test_files_are_known_by_what_they_hold(tmp_path):
+    def digest(**env):
+        cells.files_digest.cache_clear()
+        return cells.data_digest({"name": str(tmp_path), "longest": 3, **env})
+
+    routes = tmp_path / "routes.json"
+    routes.write_text("[1]")
+    assert digest() == digest(plan="no such file") == ""
+    first = digest(plan=str(routes))
+    routes.write_text("[2]")
+    assert digest(plan=str(routes)) != first
+    routes.write_text("[1]")
+    assert digest(plan=str(routes)) == first
+
+
+def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
+    run, folder = main
+    run(
+        "eval.variants={ID: {}, given: {plan: x}}",
+        "eval.splits={all: 5, unseen: 4}",
+        "eval.temperatures=[0]",
+    )
+    found = saved(folder)
+    assert found["splits"] == {"all": 5, "the plan": 5, "unseen": 4}
+    for rows in (found["table"], found["differences"]):
+        shown = {(row["split"], row["variant"]) for row in rows}
+        assert shown == {("all", "ID"), ("the plan", "given"), ("unseen", "ID")}
+    assert set(found["curves"]) == {"ID", "given"}
+    assert found["notes"] == [
+        "not at equal compute: sft/step_3 has 300 model GFLOPs, 25.0 % less than rl/step_4 (400)"
+    ]
+
+
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "evaluation.json", "rl/merged"])
+def test_full_disk_is_one_line_and_loses_nothing(main, monkeypatch, name):
+    run, folder = main
+    few = ("eval.temperatures=[0]", "eval.curve_n=0", "eval.splits={all: 3}")
+    run(*few, "eval.save_merged=[rl]")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    if name == "evaluations.jsonl":
+        few = (*few, "eval.seed=8")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = {"evaluations.jsonl": 100, "evaluation.json": 100, "rl/merged": 10**5}[name]
+    large = bytes(10**6)
+    monkeypatch.setattr(Walker, "save_merged", lambda self, out: (out / "w").write_bytes(large))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {folder / name}: File too large"):
+            run(*few, "eval.save_merged=[rl]")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    for path, held in before.items():
+        if name != "rl/merged" or path.name != "evaluation.json":  # made anew before the weights
+            assert path.read_bytes().startswith(held)
+
+
 def test_second_evaluation_plays_neither_arms_nor_references_again(main, monkeypatch):
     run, folder = main
     run()
@@ -564,3 +704,122 @@ def test_what_never_occurs_is_left_out(main, toy):
     )
     text = (folder / "evaluation.json").read_text()
     assert '"first_turn": [' not in text and "NaN" not in text
+
+
+# ---------------------------------------------------------------- which arms, which pairs
+def compare(run, arms, init="sft/step_1", runs=None):
+    """The Comparison of arms {name: (steps, ppo.init or sft.init_step)}, 10 GFLOPs per step."""
+    for name, (steps, start) in arms.items():
+        section = {"sft": {"init_step": start}, "ppo": {"init": start}}
+        for step in steps:
+            (run / name / f"step_{step}").mkdir(parents=True)
+        (run / name / "config.yaml").write_text(yaml.safe_dump({**section, "env": {}}))
+    return Comparison(runs or [run], init, lambda path: 10 * int(path.name.split("_")[1]))
+
+
+def shown(comparison):
+    return {arm.name: [path.name for path in arm.checkpoints] for arm in comparison.arms}
+
+
+SFT = ([1, 5, 20, 40, 100], 1)
+
+
+def test_one_ppo_has_init_and_sft(tmp_path):
+    found = compare(tmp_path, {"sft": SFT, "rl": ([10, 41], "sft/step_1")})
+    assert shown(found) == {"Init": ["step_1"], "sft": ["step_40"], "rl": ["step_41"]}
+    assert found.pairs() == [("sft", "Init"), ("rl", "Init"), ("rl", "sft")]
+    assert found.notes == []
+
+
+def test_each_ppo_has_its_own_start_and_sft_at_its_compute(tmp_path):
+    """In natural order, whatever ppo.init is given; among themselves those of one start."""
+    arms = {
+        "sft": SFT,
+        "rl-ppo.verify_iters=10": ([100], "sft/step_1"),
+        "rl-ppo.verify_iters=3": ([20], "sft/step_1"),
+        "rl-ppo.init=sft_step_5": ([99], "sft/step_5"),
+        "rl-ppo.init=none": ([100], "none"),
+    }
+    found = compare(tmp_path, arms, init="sft/step_77")
+    first, later = "Init @ sft/step_1", "Init @ sft/step_5"
+    assert list(shown(found)) == [
+        first, later, "sft @ step_20", "sft @ step_100",
+        "rl-ppo.init=none", "rl-ppo.init=sft_step_5",
+        "rl-ppo.verify_iters=3", "rl-ppo.verify_iters=10",
+    ]
+    assert set(found.pairs()) == {
+        ("sft @ step_20", first), ("sft @ step_100", first), ("sft @ step_100", later),
+        ("rl-ppo.init=sft_step_5", later),
+        ("rl-ppo.verify_iters=3", first), ("rl-ppo.verify_iters=10", first),
+        ("rl-ppo.init=none", "sft @ step_100"), ("rl-ppo.init=sft_step_5", "sft @ step_100"),
+        ("rl-ppo.verify_iters=3", "sft @ step_20"), ("rl-ppo.verify_iters=10", "sft @ step_100"),
+        ("rl-ppo.verify_iters=10", "rl-ppo.verify_iters=3"),
+    }
+
+
+def test_ppo_is_compared_with_the_sft_in_which_it_began(tmp_path):
+    arms = {
+        "sft": SFT,
+        "sft-sft.mistakes=3": ([2, 30], 2),
+        "rl": ([40], "sft/step_1"),
+        "rl-x": ([30], "sft-sft.mistakes=3/step_2"),
+    }
+    found = compare(tmp_path, arms)
+    other = "Init @ sft-sft.mistakes=3/step_2"
+    assert ("rl-x", "sft-sft.mistakes=3") in found.pairs() and ("rl-x", other) in found.pairs()
+    assert ("sft-sft.mistakes=3", other) in found.pairs() and ("rl", "rl-x") not in found.pairs()
+    assert ("rl-x", "sft") not in found.pairs() and ("rl-x", "rl") not in found.pairs()
+
+
+def test_sft_without_ppo_is_compared_with_its_own_first_steps(tmp_path):
+    arms = {"sft": SFT, "sft-sft.lr=1": ([1, 38], 1)}
+    found = compare(tmp_path, arms, init="sft/step_5")
+    other = "Init @ sft-sft.lr=1/step_1"
+    assert found.pairs() == [("sft", "Init @ sft/step_5"), ("sft-sft.lr=1", other)]
+    assert shown(found)["sft"] == ["step_100"]
+    assert Comparison([tmp_path], "none", found.gflops).pairs() == []
+    assert "no checkpoint" in Comparison([tmp_path], "sft/step_6", found.gflops).notes[0]
+    found = compare(tmp_path, {"rl": ([40], "sft/step_1")})
+    assert shown(found)["sft-sft.lr=1"] == ["step_38"]  # at the compute of the PPO there is
+
+
+def test_pooled_runs_may_have_spent_their_compute_at_other_steps(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    rl = {"rl": ([40], "sft/step_1"), "rl-x": ([20], "sft/step_1")}
+    compare(one, {"sft": SFT, **rl, "rl-y": ([20], "sft/step_1")})
+    compare(two, {"sft": ([1, 19, 40], 1), **rl})
+    found = Comparison([one, two], "none", lambda path: 10 * int(path.name.split("_")[1]))
+    assert shown(found) == {
+        "Init": ["step_1"] * 2, "sft @ step_20, step_19": ["step_20", "step_19"],
+        "sft @ step_40": ["step_40"] * 2, "rl": ["step_40"] * 2, "rl-x": ["step_20"] * 2,
+    }
+    assert found.pairs()[-3:] == [
+        ("rl", "sft @ step_40"), ("rl-x", "sft @ step_20, step_19"), ("rl-x", "rl")
+    ]
+
+
+@pytest.mark.parametrize("step, told", [(95, False), (105, False), (94, True), (106, True)])
+def test_compute_that_differs_by_more_than_a_twentieth_is_told(tmp_path, step, told):
+    found = compare(tmp_path, {"sft": ([1, step], 1), "rl": ([100], "sft/step_1")})
+    assert bool(found.notes) == told
+    if told:
+        more = "6.0 % more" if step > 100 else "6.0 % less"
+        (note,) = found.notes
+        assert f"sft/step_{step} has {10 * step:,} model GFLOPs, {more} than" in note
+
+
+def test_start_that_is_gone_is_told(tmp_path):
+    found = compare(tmp_path, {"sft": ([1, 9], 1), "rl": ([9], "sft/step_3")})
+    assert found.pairs() == [("sft", "Init"), ("rl", "sft")]
+    assert found.notes == ["rl: sft/step_3, where it began, is gone"]
+
+
+def test_arms_trained_on_what_is_played_are_told(tmp_path):
+    compare(tmp_path, {"sft": ([1, 9], 1), "rl": ([9], "sft/step_1")})
+    arms = Comparison([tmp_path], "none", lambda path: 1).arms
+    for split, seen in (("all", "all, unseen"), ("unseen", "unseen"), ("train", None)):
+        settings = {"ppo": {"init": "sft/step_1"}, "env": {"split": split}}
+        (tmp_path / "rl" / "config.yaml").write_text(yaml.safe_dump(settings))
+        told = seen_notes(arms, {"all": 5, "unseen": 3})
+        wanted = f"rl: trained with env.split={split}, so what is played under {seen} is not new to"
+        assert [line.removesuffix(" it") for line in told] == ([wanted] if seen else [])

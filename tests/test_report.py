@@ -140,6 +140,26 @@ def test_what_never_occurred_is_a_dash(show):
     assert "nan" not in printed.lower()
 
 
+def test_long_names_of_arms_and_splits_stand_in_columns(show):
+    long = {"sft": "sft @ step_480", "rl": "rl-ppo.verify_iters=10"}
+    text = json.dumps(evaluation(splits={"routes nyc.json": 20}))
+    for old, new in long.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    printed = show(**json.loads(text.replace('"split": "all"', '"split": "routes nyc.json"')))
+    assert "\nroutes nyc.json: success %, ± half the 95 % interval, n = 40\n" in printed
+    table = printed[printed.index("routes nyc.json: success") :].splitlines()[2:9]
+    assert len({line.index("±") for line in table if "guess" not in line}) == 1
+    gaps = printed[printed.index("paired differences of success") :].splitlines()[2:8]
+    assert len({line.index(" [") for line in gaps}) == 1
+    assert gaps[0].startswith("routes nyc.json  ID        sft @ step_480 - Init   ")
+
+
+def test_what_a_reader_must_know_follows_the_tables(show):
+    assert "note" not in show()
+    printed = show(notes=["sft has less", "rl has seen it"])
+    assert "\n\nnote: sft has less\n\nnote: rl has seen it\n" in printed
+
+
 def test_nothing_to_compare_prints_no_differences(show):
     assert "paired" not in show(differences=[])
 
@@ -196,6 +216,19 @@ def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch)
     assert (show.folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
+    names = ["Init @ sft/step_1", "Init @ sft/step_5", "sft", "rl"]
+    names += [f"rl-x={i}" for i in range(5)]
+    points = evaluation()["curves"]["ID"]["rl"]
+    figure = drawn(show, monkeypatch, curves=dict.fromkeys(VARIANTS, dict.fromkeys(names, points)))
+    lines = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == [*names[:2], "SFT", "RL", *names[4:]]
+    assert len({line.get_color() for line in lines}) == len(names)
+    assert [line.get_marker() for line in lines] == 2 * ["*"] + 7 * ["o"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [line.get_label() for line in lines]
+
+
 def test_figure_without_recognition_has_one_column(show, monkeypatch):
     reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
     axes = drawn(show, monkeypatch, reports=reports).axes
@@ -242,6 +275,12 @@ def test_table_block_by_hand(block):
         "| paper | 11.5 | 3.4 | 15.0 | -8.1 | +3.5 | +11.6 |",
         "| model GFLOPs | 10 | 40 | 50,000 |  |  |  |",
     ]
+
+
+def test_table_block_says_what_a_reader_must_know(block, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(evaluation(notes=["sft has less"])))
+    lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
+    assert lines[-2:] == ["", "Note: sft has less."]
 
 
 def test_trainings_block_by_hand(block):

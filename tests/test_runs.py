@@ -645,7 +645,6 @@ def test_pooled_runs_join_their_hands(evaluated, tmp_path, no_model, capsys):
         (["eval.variants={ID: 5}"], "ID"),
         (["eval.variants={ID: {rul: ten}}"], "rule"),
         (["eval.variants={ID: {rule: eleven}}"], "rule"),
-        (["ppo.init=sft/step_99"], "step_99"),
         (["env.name=chess"], "chess"),
         (["env.nam=gp"], "env.nam"),
         (["env.name=[]"], "env.name"),
@@ -668,6 +667,38 @@ def test_evaluation_of_nothing_is_a_user_error(tmp_path, no_model):
 
 
 # ---------------------------------------------------------------- merged weights
+def assert_base_files(folder, base):
+    """All but the weights are the base's, in a form that transformers 4.57 reads, too."""
+    assert {path.name for path in folder.iterdir()} == {path.name for path in base.iterdir()}
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            assert path.read_bytes() == (base / path.name).read_bytes(), path
+    assert "TokenizersBackend" not in (folder / "tokenizer_config.json").read_text()
+    assert "rope_parameters" not in (folder / "config.json").read_text()  # 4.57: rope_scaling
+
+
+def test_files_beside_merged_weights_of_a_hub_model_are_its_own(cfg, tmp_path, monkeypatch):
+    """As they lie in the snapshot, without network; in fp32 the dtype is all that differs."""
+    repository = tmp_path / "models--someone--mini"
+    snapshot, out = repository / "snapshots" / "abc", tmp_path / "out"
+    shutil.copytree(ROOT / "mini" / "virl", snapshot)
+    (snapshot / "model.safetensors.index.json").write_text("{}")  # of other shards than ours
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    vars(cfg.model).update(path="someone/mini", quantization="none", dtype="bfloat16")
+    policy = Policy(cfg.model, cfg.lora)
+    out.mkdir()
+    policy.save_merged(out)
+    (snapshot / "model.safetensors.index.json").unlink()
+    assert_base_files(out, snapshot)
+    config = (out / "config.json").read_text()
+    policy.base.float()
+    policy.save_merged(out)
+    assert (out / "config.json").read_text() == config.replace("bfloat16", "float32")
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["LoRA", "all parameters"])
 def test_merged_arm_is_a_model_folder_for_any_program(cfg, raw, make_policy, tmp_path, full):
     """LoRA is added to the 16-bit weights, not to what is left of them in NF4.
@@ -694,6 +725,7 @@ def test_merged_arm_is_a_model_folder_for_any_program(cfg, raw, make_policy, tmp
     policy.save_merged(tmp_path / "exact")
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert_base_files(folder, ROOT / "mini" / "gp")
     for place, dtype, tolerance in (
         (folder, torch.bfloat16, 0.01),
         (tmp_path / "exact", torch.float32, 1e-5),

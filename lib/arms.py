@@ -1,0 +1,240 @@
+"""Which checkpoints are compared with which: the arms of eval.py, from the folders of a run.
+
+    Init    where an arm began: ppo.init of an rl* folder's own config.yaml; of an sft* folder in
+            which no PPO began, its step sft.init_step
+    sft*    at the compute of the PPO that began in it: the checkpoint of nearest model FLOPs. One
+            in which none began: at the compute of the first rl*; without any, the last
+    rl*     the last checkpoint
+
+Several runs (seeds) are pooled: an arm is one checkpoint of each. Where one name would stand for
+several arms they say which: "Init @ sft/step_10", "sft @ step_480".
+"""
+import os
+import re
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import NamedTuple
+
+import yaml
+
+from lib.runs import checkpoints
+from lib.settings import UserError
+
+EQUAL_COMPUTE = 0.05  # model FLOPs of SFT and PPO may differ by this share
+
+
+class Training(NamedTuple):
+    """A folder sft* or rl* that all runs have."""
+    name: str
+    checkpoints: list  # per run: its paths in order
+
+    @property
+    def last(self):
+        return tuple(paths[-1] for paths in self.checkpoints)
+
+
+@dataclass(eq=False)
+class Arm:
+    """A row of the table: where trainings began (Init), or a training at one of its checkpoints."""
+    name: str
+    checkpoints: tuple  # one per run
+    starts: list = field(default_factory=list)  # the Inits that it began from, if they are known
+    partner: "Arm | None" = None  # of PPO: SFT at its compute
+
+
+def trained_with(checkpoint):
+    """The settings that a checkpoint's arm was trained with: the nested dict of its config.yaml.
+
+    Raises: UserError if they cannot be read.
+    """
+    path = checkpoint.parent / "config.yaml"
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        raise UserError(f"{path} is missing or unreadable: it says what {checkpoint} is") from None
+
+
+def find_trainings(runs, kind):
+    """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10."""
+    found = []
+    names = {path.name for path in runs[0].glob(f"{kind}*")}
+    for name in sorted(names, key=natural_order):
+        paths = [[path for _, path in checkpoints(run / name)] for run in runs]
+        if all(paths):
+            found.append(Training(name, paths))
+    return found
+
+
+def natural_order(name):
+    parts = re.split(r"(\d+)", name)  # every second one is digits
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+class Comparison:
+    """The arms of runs, and which differences are of interest.
+
+    Args:
+        runs: folders (Paths); init: ppo.init of the given configuration, for runs without PPO;
+        gflops: function of a checkpoint's path.
+    Attributes:
+        trainings: those that all runs have; inits, sft, ppo: Arms; notes: lines that a reader of
+        the table must know.
+    Raises: UserError if there is nothing to evaluate.
+    """
+
+    def __init__(self, runs, init, gflops):
+        self.runs, self.gflops, self.notes = runs, gflops, []
+        sft, rl = find_trainings(runs, "sft"), find_trainings(runs, "rl")
+        self.trainings = sft + rl
+        if not self.trainings:
+            raise UserError(f"nothing to evaluate under {runs[0]}: run sft.py and rl.py first")
+        self._inits = {}  # by their checkpoints
+        self._sft = {training.name: {} for training in sft}  # the same of each
+        self.ppo = []
+        for training in rl:
+            self._add_ppo(training, sft)
+        for training in sft:
+            if not self._sft[training.name]:
+                self._add_sft_alone(training, init)
+        self.inits = self._named_apart("Init", self._inits)
+        self.sft = []
+        for name, arms in self._sft.items():
+            self.sft += self._named_apart(name, arms)
+
+    @property
+    def arms(self):
+        """In the order of the table."""
+        return self.inits + self.sft + self.ppo
+
+    def pairs(self):
+        """(arm, base) names: all with their starts; PPO with SFT at its compute, and with other PPO
+        from its start."""
+        found = []
+        for arm in self.sft + self.ppo:
+            found += product([arm], arm.starts)
+        for arm in self.ppo:
+            if arm.partner:
+                found.append((arm, arm.partner))
+        for earlier, later in combinations(self.ppo, 2):
+            if later.starts and later.starts == earlier.starts:
+                found.append((later, earlier))
+        return [(arm.name, base.name) for arm, base in found]
+
+    # ------------------------------------------------------------ the arms
+    def _add_ppo(self, training, sft):
+        """PPO, where it began, and the SFT that went on from there (else the plain one)."""
+        arm = Arm(training.name, training.last)
+        self.ppo.append(arm)
+        start = self._start_of_ppo(training)
+        self._begin(arm, start)
+        began_in = start[0].parent.name if start else None
+        known = {source.name: source for source in sft}
+        source = known.get(began_in, known.get("sft"))
+        if source:
+            arm.partner = self._add_sft(source, self._nearest(source, arm))
+            self._begin(arm.partner, start or own_start(source))
+
+    def _add_sft_alone(self, training, init):
+        """SFT in which no PPO began."""
+        if self.ppo:
+            shown, start = self._nearest(training, self.ppo[0]), own_start(training)
+        else:
+            shown, start = training.last, self._given_start(training, init)
+        self._begin(self._add_sft(training, shown), start)
+
+    def _add_sft(self, training, shown):
+        return self._sft[training.name].setdefault(shown, Arm(training.name, shown))
+
+    def _begin(self, arm, start):
+        """Note that an arm began from the checkpoints `start` (None: not known)."""
+        if start:
+            init = self._inits.setdefault(start, Arm("Init", start))
+            if init not in arm.starts:
+                arm.starts.append(init)
+
+    def _named_apart(self, name, arms):
+        """The Arms {checkpoints: Arm} in natural order; several of one name say which they are."""
+        for arm in arms.values():
+            paths = zip(self.runs, arm.checkpoints)
+            where = [os.path.relpath(path, run).removeprefix(f"{name}/") for run, path in paths]
+            same = len(set(where)) == 1
+            if len(arms) > 1:
+                arm.name = f"{name} @ {where[0] if same else ', '.join(where)}"
+        return sorted(arms.values(), key=lambda arm: natural_order(arm.name))
+
+    # ------------------------------------------------------------ where an arm began
+    def _start_of_ppo(self, training):
+        """By its own ppo.init; None for the bare base, or if the checkpoints are gone."""
+        start = []
+        for run, last in zip(self.runs, training.last):
+            init = trained_with(last)["ppo"]["init"]
+            start.append(run / init)
+            if init != "none" and not start[-1].is_dir():
+                self.notes.append(f"{training.name}: {init}, where it began, is gone")
+        return found(start)
+
+    def _given_start(self, training, init):
+        """Where PPO would begin by the given configuration, if that lies in this SFT training."""
+        if init == "none":
+            return None
+        start = None
+        if init.startswith(f"{training.name}/"):
+            start = found([run / init for run in self.runs])
+            if start is None:
+                self.notes.append(f"ppo.init: no checkpoint {init}, so Init is the step "
+                                  "sft.init_step")
+        return start or own_start(training)
+
+    # ------------------------------------------------------------ equal compute
+    def mean_gflops(self, paths):
+        return sum(map(self.gflops, paths)) / len(paths)
+
+    def _nearest(self, training, ppo):
+        """The checkpoints of an SFT training, one per run, nearest to the compute of a PPO arm."""
+        nearest = []
+        for run, paths, last in zip(self.runs, training.checkpoints, ppo.checkpoints):
+            budget = self.gflops(last)
+            path = min(paths, key=lambda path: abs(self.gflops(path) - budget))
+            nearest.append(path)
+            if abs(self.gflops(path) - budget) > EQUAL_COMPUTE * budget:
+                self._note_gap(run, path, last)
+        return tuple(nearest)
+
+    def _note_gap(self, run, sft, ppo):
+        spent, budget = self.gflops(sft), self.gflops(ppo)
+        more = "more" if spent > budget else "less"
+        where = f" in {run}" if len(self.runs) > 1 else ""
+        self.notes.append(
+            f"not at equal compute{where}: {sft.relative_to(run)} has {spent:,.0f} model GFLOPs, "
+            f"{100 * abs(spent / budget - 1):.1f} % {more} than {ppo.relative_to(run)} "
+            f"({budget:,.0f})")
+
+
+def own_start(training):
+    """The checkpoints at sft.init_step of an SFT training."""
+    start = []
+    for last in training.last:
+        step = trained_with(last)["sft"]["init_step"]
+        start.append(last.with_name(f"step_{step}"))
+    return found(start)
+
+
+def found(paths):
+    """The checkpoints, None if not all are there."""
+    return tuple(paths) if all(path.is_dir() for path in paths) else None
+
+
+def seen_notes(arms, splits):
+    """A line for every arm that was trained on what is played: {trained on: arms} of the splits."""
+    trained = {}  # split -> names of arms
+    for arm in arms:
+        for checkpoint in arm.checkpoints:
+            split = trained_with(checkpoint)["env"].get("split")
+            trained.setdefault(split, {})[arm.name] = True
+    notes = []
+    for split, names in trained.items():
+        seen = [other for other in splits if split in (other, "all")]
+        if seen:
+            notes.append(f"{', '.join(names)}: trained with env.split={split}, so what is played "
+                         f"under {', '.join(seen)} is not new to it")
+    return notes
