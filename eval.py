@@ -34,12 +34,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from lib.arms import Comparison, seen_notes, trained_with
-from lib.cells import Cells, made_by, versions, writing
+from lib.cells import Cells, made_by, versions
+from lib.progress import announce, progress_bar
 from lib.results import Estimate, Point, Report, temperature_name
-from lib.runs import write_atomic, written_whole
+from lib.runs import write_atomic, writing, written_whole
 from lib.settings import MAY_CHANGE, ROOT, UserError, load, run_main, within_memory
 from lib.training import load_state
 from policy import Policy
@@ -195,7 +195,7 @@ def save_merged(checkpoint, cfg, folder):
     settings = arm_settings(checkpoint, cfg)
     vars(settings["model"]).update(quantization="none", dtype="bfloat16", device="cpu")
     merging = within_memory(f"merging {checkpoint}", cfg)
-    with writing(folder), merging, written_whole(folder) as temporary:
+    with merging, written_whole(folder) as temporary:
         policy = Policy(**settings)
         policy.load(checkpoint, value_head=False)
         policy.save_merged(temporary)
@@ -279,7 +279,7 @@ class Evaluation:
         self.curve_points = self._find_curve_points() if e.curve_n else {}
         points = len(e.variants) * sum(map(len, self.curve_points.values()))
         n = points * e.curve_n + sum(self.scene(place).n for place in self.places)
-        self.bar = tqdm(total=n * len(self.runs), unit="episode", disable=None)
+        self.bar = progress_bar(total=n * len(self.runs), unit="episode")
 
     def _add_scene(self, settings, split, variant):
         """Its places, arms first; what an environment plays whatever its split is shown once."""
@@ -386,6 +386,8 @@ def main(arguments):
     started = time.monotonic()
     cfg, _, _ = load(arguments)
     e, out = cfg.eval, Path(cfg.run.dir)
+    folders = ", ".join(e.runs or [cfg.run.dir])
+    announce("eval.py", cfg, f"plays the arms of {folders} -> {out}/evaluation.json")
     evaluation = Evaluation(cfg)
     runs, pairs, tables = evaluation.runs, evaluation.comparison.pairs(), evaluation.tables()
     pooled = {}
@@ -421,7 +423,7 @@ def main(arguments):
     path = out / "evaluation.json"
     with writing(path):
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(result, indent=1) + "\n")
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
     print(f"written: {path}; python report.py {out} shows it", file=sys.stderr)
     for name in e.save_merged:
         folder = out / name / "merged"

@@ -9,17 +9,16 @@ import json
 import os
 import platform
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from modulefinder import ModuleFinder
 from pathlib import Path
 
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lib.runs import write_atomic
-from lib.settings import ROOT, UserError, find_model, one_line
+from lib.runs import append_line, write_atomic
+from lib.settings import ROOT, find_model
 from lib.weights import model_folder
 
 PLAYERS = ("rollout", "policy")  # the modules that, with all they import, decide what is played
@@ -42,8 +41,7 @@ class Cells:
                 self._remember(cell["key"], cell.get("made_by", {}), cell["episodes"])
                 kept.append(line + "\n")
         if "".join(kept) != text:
-            with writing(path):
-                write_atomic(path, "".join(kept))
+            write_atomic(path, "".join(kept))
 
     def _remember(self, key, made_by, episodes):
         self.known.setdefault(json.dumps(key), []).append((made_by, episodes))
@@ -72,20 +70,7 @@ class Cells:
 
     def add(self, key, made_by, episodes):
         self._remember(key, made_by, episodes)
-        cell = {"key": key, "made_by": made_by, "episodes": episodes}
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(cell) + "\n")
-
-
-@contextmanager
-def writing(path):
-    """A disk that is full, or a folder that may not be written, becomes a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"cannot write {path}: {reason} (what was there before is intact; what has "
-                        "been played is kept)") from None
+        append_line(self.path, {"key": key, "made_by": made_by, "episodes": episodes})
 
 
 # ---------------------------------------------------------------- with what a cell was made

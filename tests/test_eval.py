@@ -568,7 +568,7 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
 
 
 @pytest.mark.parametrize("name", ["evaluations.jsonl", "evaluation.json", "rl/merged"])
-def test_full_disk_is_one_line_and_loses_nothing(main, monkeypatch, name):
+def test_full_disk_is_one_line_and_loses_nothing(main, monkeypatch, capsys, name):
     run, folder = main
     few = ("eval.temperatures=[0]", "eval.curve_n=0", "eval.splits={all: 3}")
     run(*few, "eval.save_merged=[rl]")
