@@ -150,7 +150,8 @@ def test_ppo_logs_what_its_docstring_says(whole):
         assert record["ratio_gap"] < 1e-4  # sampling and scoring agree: the first ratio is 1
         assert math.isclose(sum(record["answers"].values()), 1, abs_tol=1e-3)
     first = lines(whole / "rl" / "transcripts.jsonl")[0]
-    assert first["answer"] and first["reward"] in (5, -1, -2, -3) and first["attempt"] == 1
+    assert first["answer"] and first["reward"] in (5, -1, -2, -3, -4)
+    assert 1 <= first["attempt"] <= 5  # hands may have begun before the first update
 
 
 def test_ppo_starts_from_init_and_its_compute(whole, after_sft):
