@@ -32,6 +32,11 @@ class Training(NamedTuple):
     def last(self):
         return tuple(paths[-1] for paths in self.checkpoints)
 
+    @property
+    def folder(self):
+        """Of the first run."""
+        return self.last[0].parent
+
 
 @dataclass(eq=False)
 class Arm:
@@ -88,8 +93,8 @@ class Comparison:
         self.trainings = sft + rl
         if not self.trainings:
             raise UserError(f"nothing to evaluate under {runs[0]}: run sft.py and rl.py first")
-        self._inits = {}  # by their checkpoints
-        self._sft = {training.name: {} for training in sft}  # the same of each
+        self._inits = {}  # Arms by their checkpoints
+        self._sft = {training.name: {} for training in sft}  # of each training the same
         self.ppo = []
         for training in rl:
             self._add_ppo(training, sft)
@@ -127,12 +132,14 @@ class Comparison:
         self.ppo.append(arm)
         start = self._start_of_ppo(training)
         self._begin(arm, start)
-        began_in = start[0].parent.name if start else None
-        known = {source.name: source for source in sft}
-        source = known.get(began_in, known.get("sft"))
-        if source:
-            arm.partner = self._add_sft(source, self._nearest(source, arm))
-            self._begin(arm.partner, start or own_start(source))
+        for source in sft:
+            if start and source.folder == start[0].parent:
+                arm.partner = self._add_sft(source, self._nearest(source, arm))
+                self._begin(arm.partner, start)
+        for source in sft:
+            if source.name == "sft" and arm.partner is None:
+                arm.partner = self._add_sft(source, self._nearest(source, arm))
+                self._begin(arm.partner, own_start(source))
 
     def _add_sft_alone(self, training, init):
         """SFT in which no PPO began."""
@@ -171,7 +178,7 @@ class Comparison:
             start.append(run / init)
             if init != "none" and not start[-1].is_dir():
                 self.notes.append(f"{training.name}: {init}, where it began, is gone")
-        return found(start)
+        return all_there(start)
 
     def _given_start(self, training, init):
         """Where PPO would begin by the given configuration, if that lies in this SFT training."""
@@ -179,7 +186,7 @@ class Comparison:
             return None
         start = None
         if init.startswith(f"{training.name}/"):
-            start = found([run / init for run in self.runs])
+            start = all_there([run / init for run in self.runs])
             if start is None:
                 self.notes.append(f"ppo.init: no checkpoint {init}, so Init is the step "
                                   "sft.init_step")
@@ -216,10 +223,10 @@ def own_start(training):
     for last in training.last:
         step = trained_with(last)["sft"]["init_step"]
         start.append(last.with_name(f"step_{step}"))
-    return found(start)
+    return all_there(start)
 
 
-def found(paths):
+def all_there(paths):
     """The checkpoints, None if not all are there."""
     return tuple(paths) if all(path.is_dir() for path in paths) else None
 

@@ -771,6 +771,16 @@ def test_ppo_is_compared_with_the_sft_in_which_it_began(tmp_path):
     assert ("rl-x", "sft") not in found.pairs() and ("rl-x", "rl") not in found.pairs()
 
 
+def test_ppo_that_began_in_another_run_leaves_sft_its_own_start(tmp_path):
+    compare(tmp_path / "a", {"sft": SFT})
+    arms = {"sft": SFT, "rl": ([40], "../a/sft/step_5")}
+    assert set(compare(tmp_path / "b", arms).pairs()) == {
+        ("sft", "Init @ sft/step_1"),
+        ("rl", "Init @ ../a/sft/step_5"),
+        ("rl", "sft"),
+    }
+
+
 def test_sft_without_ppo_is_compared_with_its_own_first_steps(tmp_path):
     arms = {"sft": SFT, "sft-sft.lr=1": ([1, 38], 1)}
     found = compare(tmp_path, arms, init="sft/step_5")
