@@ -8,7 +8,8 @@ Arms (lib/arms.py): where PPO began (Init), every rl* folder (its last checkpoin
 folder (the checkpoint whose model FLOPs are nearest to those of the PPO that began in it: equal
 compute; the last one if none did). All arms play the same episodes, so differences are paired. The
 environment says what is shown (env.reports) and which reference policies stand below the arms
-(env.references). A cell is played again when the code, the model or the libraries have changed.
+(env.references). A cell is played again when the code, the model or the libraries have changed; not
+for where and how many side by side it is played (model.device, eval.batch_size).
 
 A metric is right / all, summed over episodes. Its 95 % interval is a bootstrap that resamples hands
 or routes within the runs given. It covers the luck of the problems, not that of the training:
@@ -40,7 +41,8 @@ from lib.cells import Cells, made_by, versions
 from lib.progress import announce, progress_bar
 from lib.results import Estimate, Point, Report, temperature_name
 from lib.runs import write_atomic, writing, written_whole
-from lib.settings import MAY_CHANGE, ROOT, UserError, load, run_main, within_memory
+from lib.settings import (
+    MAY_CHANGE, ROOT, UserError, load, run_main, with_defaults, within_memory)
 from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
@@ -153,7 +155,7 @@ def arm_settings(checkpoint, cfg):
     cfg gives what follows this machine, and keys newer than the arm.
     """
     arm, here = trained_with(checkpoint), vars(cfg.model)
-    model = {**here, **arm["model"]}
+    model = {**here, **with_defaults(arm["model"], "model.")}
     for name in MAY_CHANGE:
         section, key = name.split(".")
         if section == "model":
@@ -398,6 +400,7 @@ def main(arguments):
         gflops[arm.name] = evaluation.comparison.mean_gflops(arm.checkpoints)
     first_arm = evaluation.comparison.arms[0]
     splits = {split: scene.n for (split, _), scene in evaluation.scenes.items()}
+    curves = {variant: evaluation.curve(variant) for variant in e.variants}
     notes = evaluation.comparison.notes + seen_notes(evaluation.comparison.arms, splits)
     result = {
         "runs": list(tables),
@@ -410,7 +413,7 @@ def main(arguments):
         "table": summarize(pooled),
         "differences": differences(pooled, pairs),
         "per_run": {},
-        "curves": {variant: evaluation.curve(variant) for variant in e.variants},
+        "curves": curves,
     }
     if len(runs) > 1:
         for folder, table in tables.items():

@@ -20,7 +20,7 @@ from itertools import product
 from types import SimpleNamespace
 
 # ours first: policy sets up the libraries before they start
-from policy import Policy
+from policy import STATES_AT_ONCE, Policy
 from lib.batching import Sequence
 from lib.images import PATCHES_AT_ONCE
 from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
@@ -63,6 +63,7 @@ class MetaPolicy(Policy):
         self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
         self.end_tokens = torch.tensor([-1])  # no answer ends early
         self.sample_tokens = 10**9  # one batch
+        self.states_at_once = STATES_AT_ONCE["cpu" if model.device == "cpu" else "cuda"]
         replace_4bit_matmuls(self.base)
         self.live = LiveBytes([*self.base.parameters(), *self.base.buffers(),
                                *self.value_head.parameters()])

@@ -10,8 +10,9 @@ were sampled. In fp32 they agree to rounding. In 16 bits reading a whole text an
 by token round differently, so that rl.py takes its old log-probs from `score` as well. (In a later
 prompt an answer stands as text and gets its ids anew; lib/batching.pack notices if they differ.)
 
-Images are encoded in `_features`: while weights stay as they are (in a rollout, or with a frozen
-vision tower) once, for as long as lib/images.py remembers them; otherwise in every forward pass.
+Images are encoded in `_features`: while their weights stay as they are (in a rollout, or where only
+the language model learns) once, for as long as lib/images.py remembers them; otherwise in every
+forward pass.
 
 Letters in comments: N prompts, B conversations, S answers, T tokens of the longest, A answer
 tokens in all, C the width of hidden states, V the vocabulary. Knows no environment.
@@ -42,7 +43,9 @@ from torch.utils.checkpoint import checkpoint
 transformers.utils.logging.disable_progress_bar()
 
 LOGITS_AT_ONCE = 2**25  # logits that scoring holds at once: 128 MiB a copy in fp32
-STATES_AT_ONCE = 2**25  # numbers in hidden states read at once: about 8192 tokens of the 11B
+STATES_AT_ONCE = {  # numbers in the hidden states of prompts that are read at once
+    "cuda": 2**25,  # 8192 tokens of the 11B
+    "cpu": 2**16}  # 512 tokens of the mini, which stay in a core's caches
 PHASES = ("train", "inference", "train_patches", "inference_patches")  # what tokens are counted by
 
 
@@ -111,6 +114,7 @@ class Policy:
         self.checkpointing = model.gradient_checkpointing
         self.value_detach = value_detach
         self.device = _device(model.device)
+        self.states_at_once = STATES_AT_ONCE.get(self.device.type, STATES_AT_ONCE["cuda"])
         torch.manual_seed(seed)
         self.tokenizer, self.image_processor, self.base, self.family = load_base(model, self.device)
         self._count_parameters()  # before LoRA adds its own
@@ -121,7 +125,7 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32
         self.tokens = dict.fromkeys(PHASES, 0)
-        if self.exact and self.merge_for_sampling:
+        if self.exact and self.merge_for_sampling:  # there is room for dense weights
             learn_densely(lora_layers(self.net))
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,31 +239,33 @@ class Policy:
         return tokens, logprobs
 
     def _prefill(self, prompts):
-        """Read N prompts in parts of some rows, so that the activations of one part alone lie
-        beside the cache. Returns: last hidden states (N, C), Decoding."""
-        ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
-        ids, mask = ids.to(self.device), mask.to(self.device)  # (N, T)
+        """Read N prompts, some rows at a time: the activations of these rows alone need memory
+        while the cache of all grows. Returns: last hidden states (N, C), Decoding."""
         features = self._features([p.image for p in prompts])
         self.tokens["inference"] += sum(len(p.ids) for p in prompts)
-        rows = self._rows_at_once(prompts, width=ids.shape[1])
+        rows = self._rows_at_once(prompts)
         states, parts = [], []
         for start in range(0, len(prompts), rows):
             part = slice(start, start + rows)
-            hidden, decoding = self._prefill_part(ids[part], mask[part], features[part])
+            hidden, decoding = self._prefill_part(prompts[part], features[part])
             states.append(hidden)
             parts.append(decoding)
         return torch.cat(states), join(parts)
 
-    def _rows_at_once(self, prompts, width):
-        """How many of the prompts are read at once: even parts of about STATES_AT_ONCE."""
-        sizes = {p.image and p.image.size for p in prompts}
-        if len(sizes) > 1:  # parts would have caches of different widths
+    def _rows_at_once(self, prompts):
+        """How many prompts are read at once, so that their hidden states hold at most
+        states_at_once numbers; parts are of even size."""
+        sizes = {p.image.size for p in prompts if p.image is not None}
+        if len(sizes) > 1:  # the caches of cross-attention would have different widths
             return len(prompts)
-        channels = self.base.lm_head.in_features
-        parts = math.ceil(len(prompts) * width * channels / STATES_AT_ONCE)
+        width = max(len(p.ids) for p in prompts)
+        states = len(prompts) * width * self.base.lm_head.in_features
+        parts = math.ceil(states / self.states_at_once)
         return math.ceil(len(prompts) / parts)
 
-    def _prefill_part(self, ids, mask, features):
+    def _prefill_part(self, prompts, features):
+        ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
+        ids, mask = ids.to(self.device), mask.to(self.device)  # (rows, T)
         inputs = self._text_inputs(ids, mask, features)
         out = self.family.text_model(attention_mask=mask, use_cache=True, **inputs.prompt)
         decoding = Decoding(self.family.text_model, out.past_key_values, mask, inputs)
@@ -274,8 +280,8 @@ class Policy:
     @contextmanager
     def inference(self):
         """For a rollout or an evaluation: inside, weights do not change, so features of images are
-        kept (as far as model.image_cache reaches) and, with model.merge_for_sampling, LoRA is
-        merged into dense copies. May be nested."""
+        kept (as far as model.image_cache reaches; afterwards only if nothing that sees learns) and,
+        with model.merge_for_sampling, LoRA is merged into dense copies. May be nested."""
         if self.in_inference:
             yield
             return

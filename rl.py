@@ -180,7 +180,7 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
     sums["stopped"] = too_far(sums, ppo)
     if sums["stopped"]:
         return sums
-    total = sums["policy_loss"] + sums["value_loss"]
+    total = sums["policy_loss"] + sums["value_loss"]  # finite if the loss is
     sums["grad_norm"] = clipped_step(policy, optimizer, ppo.max_grad_norm, total,
                                      "the PPO loss is not finite; lower ppo.lr or ppo.value_lr")
     return sums
@@ -245,7 +245,7 @@ def main(arguments):
             optimizer.zero_grad()  # rollouts have a use for the memory
             record = {"step": step + 1, **outcome(turns), **learned, **meter.spent()}
             run.log("metrics", record)
-            for turn in turns[::max(1, len(turns) // 8)]:
+            for turn in turns[::len(turns) // 8 + 1]:  # of other environments and times each
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})
             bar.set_postfix_str(f"{summary(record)} {meter.rate()}", refresh=False)
 

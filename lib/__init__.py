@@ -1,4 +1,4 @@
-"""Plumbing that a reader of the method may skip.
+"""Plumbing: of the method itself, only training.py (PPO's tensors) and arms.py (equal compute).
 
 Imported first, it sets up the libraries before they start.
 """

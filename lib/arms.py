@@ -232,7 +232,7 @@ def all_there(paths):
 
 
 def seen_notes(arms, splits):
-    """A line for every arm that was trained on what is played: {trained on: arms} of the splits."""
+    """Lines on the arms whose training split is one of those played, or holds them all."""
     trained = {}  # split -> names of arms
     for arm in arms:
         for checkpoint in arm.checkpoints:

@@ -1,5 +1,6 @@
 """A batch of prompts that a text model has read, continued token by token."""
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 32  # tokens that a cache has room for before it is copied once more
@@ -73,7 +74,9 @@ class Decoding:
 def join(parts):
     """One Decoding of several, rows one after the other; the parts give up their caches."""
     first = parts[0]
-    first.mask = torch.cat([part.mask for part in parts])  # (N, T)
+    width = max(part.mask.shape[1] for part in parts)  # T
+    masks = [pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]  # on the left
+    first.mask = torch.cat(masks)  # (N, T)
     first.position_offset = torch.cat([part.position_offset for part in parts])  # (N, 1)
     for name in first.further:
         first.further[name] = torch.cat([part.further[name] for part in parts])
@@ -89,8 +92,20 @@ def _join_caches(caches):
             continue
         layers = [cache.layers[number] for cache in caches]
         for kind in ("keys", "values"):
-            states = [getattr(one, kind) for one in layers]
+            states = [getattr(one, kind) for one in layers]  # (rows, heads, T of the part, C)
             for one in layers:
                 setattr(one, kind, None)
-            setattr(layer, kind, torch.cat(states) if len(states) > 1 else states[0])
+            setattr(layer, kind, _joined(states))
         first[number] = GrowingLayer(layer)
+
+
+def _joined(states):
+    """Keys or values (rows, heads, T, C) of parts as those of all rows, padded on the left."""
+    if len(states) == 1:
+        return states[0]
+    width = max(part.shape[-2] for part in states)
+    padded = []
+    for part in states:
+        missing = width - part.shape[-2]
+        padded.append(pad(part, (0, 0, missing, 0)) if missing else part)
+    return torch.cat(padded)  # (N, heads, T, C)

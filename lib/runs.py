@@ -181,13 +181,8 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
                 self._open()
-            path = self.dir / "config.yaml"
-            noted = self.settings
-            if path.exists():
-                section, _, key = self.length.partition(".")
-                noted = _read_settings(path)
-                noted[section][key] = self.settings[section][key]
-            write_atomic(path, yaml.safe_dump(noted, sort_keys=False))
+            settings = yaml.safe_dump(self.settings, sort_keys=False)
+            write_atomic(self.dir / "config.yaml", settings)  # those of MAY_CHANGE may be new
             for leftover in self.dir.glob(".tmp_*"):
                 shutil.rmtree(leftover)
             for name in ("metrics.jsonl", "transcripts.jsonl"):
@@ -340,7 +335,11 @@ def written_whole(folder):
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir(parents=True)
-        yield new
+        try:
+            yield new
+        except BaseException:  # give back what it took of a full disk
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         with suppress(FileNotFoundError):
             os.replace(folder, old)
         os.replace(new, folder)

@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_SEED = 10_000_000  # keeps the seeds of training below rollout.EVAL_SEEDS
 
 
-
 def dtype(value):
     """float32 or bfloat16."""
     if value in ("float16", "fp16", "half"):
@@ -121,18 +120,17 @@ SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")
 
-# Keys that may differ when a run continues, perhaps elsewhere: they name no arm (lib/runs.py), and
-# those of the model follow the machine that evaluates (eval.py). How far the run stays the same:
-PLANNING_KEYS = (  # to the last digit: lengths for plan.py and random weights, which no run reads
+# Keys that may differ when a run is continued, perhaps on another machine. They name no arm
+# (lib/runs.py), and those of the model follow the machine that evaluates (eval.py).
+SAME_TO_THE_LAST_DIGIT = (  # where things lie, what is kept, and lengths that only plan.py reads
+    "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every",
     "model.prompt_tokens", "model.answer_tokens", "model.revision_tokens")
-MEMORY_KEYS = (  # to rounding: in what portions to compute (more FLOPs if images are encoded again)
+SAME_TO_ROUNDING = (  # in what portions is computed (images encoded again count as FLOPs again)
     "model.memory", "model.image_cache", "model.gradient_checkpointing",
     "sft.micro_tokens", "ppo.micro_tokens")
-SAMPLING_KEYS = (  # in distribution: other answers may be drawn
+SAME_IN_DISTRIBUTION = (  # other answers may be drawn
     "model.device", "model.sample_tokens", "model.merge_for_sampling")
-BOOKKEEPING_KEYS = (  # to the last digit: where things lie, what is kept (Policy.load tells a base)
-    "run.dir", "model.path", "sft.init_step", "sft.save_every", "ppo.save_every")
-MAY_CHANGE = PLANNING_KEYS + MEMORY_KEYS + SAMPLING_KEYS + BOOKKEEPING_KEYS
+MAY_CHANGE = SAME_TO_THE_LAST_DIGIT + SAME_TO_ROUNDING + SAME_IN_DISTRIBUTION
 
 
 class UserError(Exception):

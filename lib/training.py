@@ -1,13 +1,18 @@
 """What sft.py and rl.py need beside the method: schedules, checkpoints, logs, PPO's tensors."""
 import math
 import random
-import resource
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from lib.batching import micro_batches, turns_of
 from lib.settings import UserError, one_line
@@ -90,14 +95,17 @@ def load_checkpoint(folder, policy, optimizer):
 
 # ---------------------------------------------------------------- what is logged
 def peak_memory(device):
-    """Peak memory so far in GiB: of the GPU, or of this process on a CPU."""
+    """Peak memory so far in GiB: of the GPU, or of this process on a CPU (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        return None
+    units = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 class Meter:
-    """What a step or update costs, from its making on."""
+    """What a step or update costs. Made when it begins."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -242,7 +250,8 @@ class Batch:
 def token_weights(policy, turn, key, weight):
     """(A,) weights of an answer's log-probs in the ratio of its turn.
 
-    Tokens before the one that completes `key` weigh `weight` (paper's code: 0.5), the others 1.
+    Tokens before the one that completes `key` weigh `weight` (paper's code: 0.5), the others 1;
+    where the answer has no such key, all tokens weigh `weight`.
     """
     weights = torch.ones(len(turn.answer))
     if weight == 1:

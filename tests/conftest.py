@@ -129,7 +129,6 @@ def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
     `parts`.
     """
     import torch
-    import policy as policy_module
 
     width, read, calls = max(len(p.ids) for p in prompts), policy._prefill_part, []
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
@@ -138,7 +137,7 @@ def assert_read_in_parts(policy, prompts, monkeypatch, rows, parts):
     )
     several = []
     for states in (10**9, rows * width * policy.base.lm_head.in_features):
-        monkeypatch.setattr(policy_module, "STATES_AT_ONCE", states)
+        monkeypatch.setattr(policy, "states_at_once", states)
         several.append(policy.sample(prompts, 0.7, torch.Generator().manual_seed(0)))
     assert len(calls) == 1 + parts
     for one, two in zip(*several):

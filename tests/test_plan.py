@@ -21,7 +21,6 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import plan
-import policy as policy_module
 from lib.settings import UserError, load
 from lib.batching import Sequence
 from policy import Policy
@@ -302,7 +301,8 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
     """Beside the caches of all; pictures were seen before."""
     policy, m = middle(shape)
     image = size and Image.new("RGB", size)
-    monkeypatch.setattr(policy_module, "STATES_AT_ONCE", part * width * m.base.lm_head.in_features)
+    for one in (policy, m):
+        monkeypatch.setattr(one, "states_at_once", part * width * m.base.lm_head.in_features)
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
     prompts = [

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
-from eval import cluster_weights, differences, interval
+from eval import Place, cluster_weights, differences, interval
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
 from lib.training import Batch, Size, learning_rate, normalized, token_weights
@@ -799,9 +799,8 @@ def test_paired_difference_of_identical_arms_is_exactly_zero():
 
     one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
     arms = {"a": one, "b": one, "c": two}
-    e = SimpleNamespace(splits=["all"], variants={"ID": {}}, temperatures=[0.2])
-    cells = {("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
-    same, other = differences(cells, [("a", "b"), ("c", "a")], e)
+    cells = {Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
+    same, other = differences(cells, [("a", "b"), ("c", "a")])
     assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
     mean, low, high = other["metrics"]["solved"]  # in points
     # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8

@@ -276,7 +276,9 @@ def test_ctrl_c_once_saves_the_step_under_way(whole, tmp_path, monkeypatch, scri
     "script, unit, records, kept, number, code, again",
     [
         ("sft", "step", 2, [2, 5], signal.SIGTERM, 143, "a second signal"),
-        ("rl", "update", 1, [3], signal.SIGINT, 130, "Ctrl-C again"),
+        pytest.param(
+            "rl", "update", 1, [3], signal.SIGINT, 130, "Ctrl-C again", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_signal_in_a_real_process(
@@ -471,7 +473,7 @@ def test_variants_of_ppo_run(after_sft, overrides):
     assert finite(record), record
     assert numbers(folder) == [1]
     if overrides == ["ppo.verify_iters=1"]:
-        assert record["first_attempt"] == record["success"]
+        assert record["first_attempt"] == pytest.approx(record["success"])
         assert all(r["attempt"] == 1 for r in lines(folder / "transcripts.jsonl"))
 
 

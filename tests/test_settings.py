@@ -1,5 +1,6 @@
-"""The user's interface: settings, the words of refusals, exit codes. No torch here."""
+"""The user's interface: settings, the words of refusals, exit codes."""
 
+import importlib
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from lib import progress
 from lib import settings as config
-from lib.settings import UserError, check, load, within_memory
+from lib.settings import UserError, check, load, run_main, within_memory
 
 
 PLAIN = yaml.safe_load(CONFIG.read_text())
@@ -118,10 +119,14 @@ def test_defaults_are_of_known_keys_and_accepted():
         ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
         ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
         ("eval.temperatures=[]", "eval.temperatures is empty"),
-        ("model.dtype=float16", "model.dtype: float16 is not supported; use bfloat16, or float32 "
-         "on a card without it"),
-        ("ppo.init=None", "ppo.init: 'None' is no checkpoint; for the bare base model write "
-         '"none"'),
+        (
+            "model.dtype=float16",
+            "model.dtype: float16 is not supported; use bfloat16, or float32 on a card without it",
+        ),
+        (
+            "ppo.init=None",
+            "ppo.init: 'None' is no checkpoint; for the bare base model write \"none\"",
+        ),
         ("ppo.init=", 'ppo.init: None is no checkpoint; for the bare base model write "none"'),
         ('run.dir="a\\0b"', "run.dir: 'a\\x00b' holds a null character"),
     ],
@@ -408,17 +413,39 @@ def test_training_on_what_is_kept_unseen_is_said(capsys):
     assert "env.split=all" in second and "unseen" in second
 
 
-# ---------------------------------------------------------------- scripts as a user runs them
 WITHOUT_GPU = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+
+
+# ---------------------------------------------------------------- scripts as a user runs them
+@pytest.mark.parametrize(
+    "script, override, named",
+    [
+        ("sft", "ppo.clp=0.2", "ppo.clip"),
+        pytest.param("sft", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
+        ("rl", "ppo.init=sft/step_7", "sft/step_7"),
+    ],
+)
+def test_user_error_ends_a_script_with_exit_code_2(
+    tmp_path, monkeypatch, capsys, script, override, named
+):
+    """As below, in this process: libraries are loaded already."""
+    monkeypatch.setattr(sys, "argv", [script, str(CONFIG), f"run.dir={tmp_path}", override])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(importlib.import_module(script).main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.startswith("error: ") and named in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "script, override, named",
     [
-        ("sft.py", "ppo.clp=0.2", "ppo.clip"),
+        pytest.param("sft.py", "ppo.clp=0.2", "ppo.clip", marks=pytest.mark.slow),
         ("sft.py", "model.path=/no/such/model", "/no/such/model"),
-        pytest.param("sft.py", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
-        ("rl.py", "ppo.init=sft/step_7", "sft/step_7"),
+        pytest.param(
+            "sft.py", "model.device=cuda", "model.device", marks=[WITHOUT_GPU, pytest.mark.slow]
+        ),
+        pytest.param("rl.py", "ppo.init=sft/step_7", "sft/step_7", marks=pytest.mark.slow),
         ("rl.py", "ppo.init=damaged", "damaged"),
     ],
 )
