@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import plan
 from lib.settings import UserError, load
 from lib.batching import Sequence
-from policy import Policy
+from policy import STATES_AT_ONCE, Policy
 
 LARGE = ROOT / "configs" / "11b"
 GIB = 2**30
@@ -90,9 +90,15 @@ def middle(tmp_path_factory):
                 Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
                 plan.MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
             )
+            for policy in made[shape, *overrides]:
+                policy.states_at_once = STATES_AT_ONCE["cuda"]  # one part, the largest there is
         return made[shape, *overrides]
 
     return make
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 VISION = (
@@ -105,7 +111,8 @@ DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
 # ---------------------------------------------------------------- what lies there all the time
 @pytest.mark.parametrize(
-    "overrides", [(), VISION, FULL, DENSE32, ("model.keep_unquantized=[lm_head]",)]
+    "overrides",
+    [(), VISION, slow(FULL), slow(DENSE32), slow(("model.keep_unquantized=[lm_head]",))],
 )
 def test_weights_are_counted_to_the_byte(middle, overrides):
     policy, m = middle("middle", *overrides)
@@ -227,10 +234,6 @@ def pixels_of(policy, image, rows):
     return rows * policy.family._pixels([image])["pixel_values"].nbytes if image else 0
 
 
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
 TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of the wide one
 
 
@@ -269,7 +272,7 @@ def test_sampling(middle, shape, overrides, rows, width, answer, size, dominant)
     )
 
 
-@pytest.mark.parametrize("rows, width", [(2, 20), (4, 60)])
+@pytest.mark.parametrize("rows, width", [slow(2, 20), (4, 60)])
 def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
     """All but the tower: the cross-attention cache, features, and keys and values of a layer
     repeated for all heads.
@@ -455,7 +458,7 @@ def test_shipped_configurations_fit(name, gib, overrides):
     "change, phase",
     [
         slow("ppo.envs=16", "rl.py rollout"),
-        ("model.sample_tokens=4096", "rl.py rollout"),
+        slow("model.sample_tokens=4096", "rl.py rollout"),
         slow("eval.batch_size=8", "eval.py"),
         slow("lora.r=4", "sft.py"),
         slow("ppo.micro_tokens=512", "rl.py update"),

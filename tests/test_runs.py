@@ -53,6 +53,7 @@ TINY = (
     "ppo.epochs=2",
     "eval.splits={all: 8}",
     "eval.curve_n=4",
+    "eval.verify_iters=2",
     "eval.batch_size=8",
     "eval.temperatures=[0.2, 0]",
 )
@@ -220,9 +221,9 @@ STOPS = [
     ("sft", "step", 4),
     ("sft", "checkpoint", 2),
     ("rl", "step", 1),
-    ("rl", "step", 3),
+    pytest.param("rl", "step", 3, marks=pytest.mark.slow),
     ("rl", "checkpoint", 1),
-    ("rl", "checkpoint", 2),
+    pytest.param("rl", "checkpoint", 2, marks=pytest.mark.slow),
 ]
 
 
@@ -455,10 +456,8 @@ def finite(value):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["ppo.ratio=token"],
-        ["ppo.kl_coef=0"],
-        ["ppo.value_hidden=[8]"],
-        ["ppo.value_detach=false"],
+        ["ppo.ratio=token", "ppo.value_hidden=[8]"],
+        ["ppo.kl_coef=0", "ppo.value_detach=false"],
         ["ppo.verify_iters=1"],
         ["ppo.entropy_coef=0.01", "ppo.schedule=cosine"],
         ["ppo.envs=1", "ppo.turns=1"],

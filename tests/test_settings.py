@@ -423,18 +423,22 @@ WITHOUT_GPU = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason=
         ("sft", "ppo.clp=0.2", "ppo.clip"),
         pytest.param("sft", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
         ("rl", "ppo.init=sft/step_7", "sft/step_7"),
+        ("rl", "ppo.init=damaged", "damaged"),
     ],
 )
 def test_user_error_ends_a_script_with_exit_code_2(
     tmp_path, monkeypatch, capsys, script, override, named
 ):
     """As below, in this process: libraries are loaded already."""
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "trainer.pt").write_bytes(b"not a tensor in sight")
     monkeypatch.setattr(sys, "argv", [script, str(CONFIG), f"run.dir={tmp_path}", override])
     with pytest.raises(SystemExit) as stopped:
         run_main(importlib.import_module(script).main)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and error.startswith("error: ") and named in error
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [damaged]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +450,7 @@ def test_user_error_ends_a_script_with_exit_code_2(
             "sft.py", "model.device=cuda", "model.device", marks=[WITHOUT_GPU, pytest.mark.slow]
         ),
         pytest.param("rl.py", "ppo.init=sft/step_7", "sft/step_7", marks=pytest.mark.slow),
-        ("rl.py", "ppo.init=damaged", "damaged"),
+        pytest.param("rl.py", "ppo.init=damaged", "damaged", marks=pytest.mark.slow),
     ],
 )
 def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, named):
@@ -470,7 +474,7 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, name
     assert [line.partition(" ")[0] for line in first] == [f"{script}:"] * model, done.stderr
 
 
-@pytest.mark.parametrize("given", ["override", "file"])
+@pytest.mark.parametrize("given", ["override", pytest.param("file", marks=pytest.mark.slow)])
 def test_name_that_the_locale_cannot_write_is_one_line(tmp_path, given):
     path = tmp_path / "ü.yaml"
     overrides = [f"run.dir={tmp_path}/é"]

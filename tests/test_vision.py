@@ -443,7 +443,7 @@ def test_frozen_eyes_look_once_and_see_the_same(make_policy, cache):
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "as adapters"])
-@pytest.mark.parametrize("part", ["vision", "projector"])
+@pytest.mark.parametrize("part", ["vision", pytest.param("projector", marks=pytest.mark.slow)])
 def test_changed_eyes_are_used_at_once(make_policy, merge, part):
     """Weights that change between two samples: what was seen before is forgotten, and so is what
     was merged.
