@@ -12,7 +12,7 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, layer):
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.roomy = {"keys": layer.keys, "values": layer.values}  # as long as T or longer
         self._show(layer.keys.shape[-2])
 

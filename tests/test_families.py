@@ -238,7 +238,7 @@ def test_random_weights_of_that_shape(make, folder, policy, env):
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_trains_and_resumes_by_yaml(folder, tmp_path, dtype):
     """sft.py and rl.py, 2 updates at once and as 1 and 1."""
 

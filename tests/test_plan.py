@@ -375,6 +375,7 @@ def large_weights(name, *overrides):
     return plan.policy_of(load([str(LARGE / f"{name}.yaml"), *SIZES, *overrides])[0]).weights
 
 
+@pytest.mark.slow
 def test_weights_of_the_11b():
     weights, elements = (
         large_weights("gp_l"),

@@ -474,7 +474,8 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, name
     assert [line.partition(" ")[0] for line in first] == [f"{script}:"] * model, done.stderr
 
 
-@pytest.mark.parametrize("given", ["override", pytest.param("file", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["override", "file"])
 def test_name_that_the_locale_cannot_write_is_one_line(tmp_path, given):
     path = tmp_path / "ü.yaml"
     overrides = [f"run.dir={tmp_path}/é"]

@@ -45,7 +45,8 @@ def walked(request, tmp_path_factory):
     run("sft", folder, config=request.param, tiny=TINY)
     run("rl", folder, config=request.param, tiny=TINY)
     with contextlib.redirect_stdout(printed):
-        run("eval", folder, config=request.param, tiny=TINY)
+        few = "eval.variants={ID: {}, rule OOD: {rule: relative}, cities: {split: cities}}"
+        run("eval", folder, config=request.param, tiny=(*TINY, few))
         run_report(folder)
     return request.param, folder, printed.getvalue()
 
@@ -69,9 +70,11 @@ def test_runs_log_what_happens_on_walks(walked):
 
 
 def test_stopped_in_the_middle_of_walks_and_continued_is_the_run_undisturbed(
-    walked, tmp_path, monkeypatch
+    walked, tmp_path, monkeypatch, request
 ):
     path, whole, _ = walked
+    if path == VIEWS and not request.config.getoption("--slow"):
+        pytest.skip("with pictures test_runs.py does it")
     folder = tmp_path / "run"
     run("sft", folder, config=path, tiny=TINY)
     with monkeypatch.context() as patch:
