@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,7 +337,8 @@ def run_main(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # the disk may be full where stderr goes, too
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         at_once = "stopped; run the same command again to continue from the last checkpoint"

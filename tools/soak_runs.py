@@ -220,7 +220,7 @@ def soak_full(place, count, rng):
         run_dir = place.fresh(script)
         files = [path for path in (place.whole / script).rglob("*") if path.is_file()]
         largest = max(path.stat().st_size for path in files)
-        limit = int(largest ** rng.uniform(0.3, 0.99))
+        limit = max(1000, int(largest ** rng.uniform(0.3, 0.99)))  # what is said has room
         ended = place.start(script, run_dir, file_size=limit).wait()
         after = f"{script}.py with files up to {limit} bytes"
         expect(ended.refused("cannot write"), f"{after}: {ended}")
