@@ -5,8 +5,8 @@ the rule for J, Q and K, and grades one whole answer per `step`. A wrong answer 
 conversation together with the verifier's text, and the model may try again, `verify_iters` times
 in all (sequential revision, Sec. 3).
 
-Formulas are parsed and computed in exact fractions, never `eval`-ed: 8/(3-8/3) is 24.
-Rewards are README's decided table. No torch in this file.
+Formulas are parsed and computed in exact fractions, never `eval`-ed: 8/(3-8/3) is 24. Rewards are
+those of README's table. A hand is `unseen` by the values of its cards: see `is_unseen`. No torch.
 """
 import hashlib
 import json
@@ -142,9 +142,10 @@ def solutions(values, target=24):
 
 
 def is_unseen(values):
-    """Whether a value multiset belongs to the share that no training stage may touch.
+    """Whether a value multiset belongs to the eighth that no training stage may touch.
 
-    By SHA-256, the same for ever: trained checkpoints depend on it.
+    SFT and PPO deal from split "train", which leaves it out, and so does the pre-training of the
+    bundled models (mini/corpus_gp.py). By SHA-256, the same for ever: checkpoints depend on it.
     """
     digest = hashlib.sha256(f"gp|{tuple(sorted(values))}".encode()).digest()
     return digest[0] % UNSEEN_SHARE == 0

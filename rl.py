@@ -4,7 +4,7 @@
 
 Paper Sec. 3, App. B/C. A stopped run goes on to the same numbers: a checkpoint has weights,
 optimiser, token counts and each open episode's seed and answers, which are replayed; random numbers
-follow from run.seed and the step; what was logged after the checkpoint is dropped (lib/runs.py).
+follow from run.seed and the step (`seeded`); what was logged after the checkpoint is dropped.
 
 Deviations from the paper, each a YAML key: LoRA on a 4-bit base (so larger learning rates), a value
 head on detached features with a learning rate of its own, a KL penalty to the start, scaled rewards
