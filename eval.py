@@ -8,9 +8,10 @@ Arms (lib/arms.py): where PPO began (Init), every rl* folder (its last checkpoin
 folder (the last checkpoint, if no PPO began in it). Equal compute: of an sft* folder in which PPO
 began, the checkpoint whose model FLOPs (Policy.flops, Init's included) are nearest to PPO's; one
 that is more than 5 % off has a note below the table. All arms play the same episodes, so
-differences are paired. The environment says what is shown (env.reports) and which reference policies stand below the arms
-(env.references). A cell is played again when the code, the model or the libraries have changed; not
-for where and how many side by side it is played (model.device, eval.batch_size).
+differences are paired. The environment says what is shown (env.reports) and which reference
+policies stand below the arms (env.references). A cell is played again when the code, the model or
+the libraries have changed; not for where and how many side by side it is played (model.device,
+eval.batch_size).
 
 A metric is right / all, summed over episodes. Its 95 % interval is a bootstrap that resamples hands
 or routes within the runs given. It covers the luck of the problems, not that of the training:
