@@ -5,9 +5,9 @@
     python report.py CONFIG.yaml                  tables, paired differences, the paper's Figure 5
 
 Arms (lib/arms.py): where PPO began (Init), every rl* folder (its last checkpoint) and every sft*
-folder (the last checkpoint, if no PPO began in it). Equal compute: of an sft* folder in which PPO
-began, the checkpoint whose model FLOPs (Policy.flops, Init's included) are nearest to PPO's; one
-that is more than 5 % off has a note below the table. All arms play the same episodes, so
+folder, at equal compute: the checkpoint whose model FLOPs (Policy.flops, Init's included) are
+nearest to those of the PPO that began in it, else of the first (without PPO, the last). One that
+is more than 5 % off has a note below the table. All arms play the same episodes, so
 differences are paired. The environment says what is shown (env.reports) and which reference
 policies stand below the arms (env.references). A cell is played again when the code, the model or
 the libraries have changed; not for where and how many side by side it is played (model.device,

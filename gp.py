@@ -33,7 +33,7 @@ MISREAD = -1.5  # GP-VL: the answer's `cards` are not those in the picture
 EXHAUSTED = -1.0  # added to the last allowed answer when it fails too
 SUIT_SETS = {"black": ("spades", "clubs"), "red": ("hearts", "diamonds"),
              "mixed": tuple(cards.SUITS)}
-UNSEEN_SHARE = 8  # one value multiset in eight never occurs in any training stage
+UNSEEN_SHARE = 8  # one value multiset in eight is dealt in no training stage
 MAX_FORMULA = 64  # tokens; a formula that uses four cards once needs at most a third of that
 
 
@@ -142,10 +142,11 @@ def solutions(values, target=24):
 
 
 def is_unseen(values):
-    """Whether a value multiset belongs to the eighth that no training stage may touch.
+    """Whether a multiset of values (under the rule in force) is of the eighth kept for evaluation.
 
-    SFT and PPO deal from split "train", which leaves it out, and so does the pre-training of the
-    bundled models (mini/corpus_gp.py). By SHA-256, the same for ever: checkpoints depend on it.
+    No training stage deals it: SFT and PPO take split "train", and so does the pre-training of the
+    bundled models (mini/corpus_gp.py; its plain sums and wrong tries may still show such numbers).
+    By SHA-256, the same for ever: checkpoints depend on it.
     """
     digest = hashlib.sha256(f"gp|{tuple(sorted(values))}".encode()).digest()
     return digest[0] % UNSEEN_SHARE == 0

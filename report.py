@@ -1,4 +1,4 @@
-"""Show what eval.py found: reads evaluation.json alone, no model.
+"""Show what eval.py found, intervals included: reads its JSON, no model.
 
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
                                                              evaluation.png (Figures 5, 7, 8)
