@@ -323,13 +323,16 @@ class Policy:
         learning = torch.is_grad_enabled()
         self.tokens["train" if learning else "inference"] += sum(len(s.ids) for s in sequences)
         # layers are checkpointed in training mode alone; nothing else differs by it
-        self.net.train(learning and self.checkpointing)
+        checkpointed = learning and self.checkpointing
+        if checkpointed:
+            self.net.train()
         try:
             features = self._features([s.image for s in sequences])
             inputs = self._text_inputs(ids, mask, features)
             out = self.family.text_model(attention_mask=mask, use_cache=False, **inputs.prompt)
         finally:
-            self.net.eval()
+            if checkpointed:
+                self.net.eval()
         return ids, out.last_hidden_state
 
     def _answer_logprobs(self, hidden, ids, temperature):
