@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gp
 from lib.batching import Sequence
-from lib.runs import checkpoints
+from lib.runs import arm_name, checkpoints
 from lib.settings import load, run_main
 from mini.documents import SPECIAL
 from policy import Policy
@@ -25,11 +25,11 @@ TUNING = 100  # added to the evaluation's seed: its hands are never those of the
 ILLEGAL = 0.05  # Init: at most so many first answers are illegal
 
 
-def played(policy, cfg, variant):
+def played(policy, cfg, variant, verify_iters):
     """Records of rollout.evaluate on the tuning problems of a variant."""
     (split, n), *_ = cfg.eval.splits.items()
     changes = {**cfg.eval.variants[variant], "split": split}
-    return evaluate(policy, cfg.env, min(n, HANDS), cfg.eval.seed + TUNING, cfg.eval.verify_iters,
+    return evaluate(policy, cfg.env, min(n, HANDS), cfg.eval.seed + TUNING, verify_iters,
                     cfg.eval.temperatures[0], cfg.eval.batch_size, **changes)
 
 
@@ -74,12 +74,13 @@ def puzzles_solved(policy, env, seeds):
 
 
 def main(arguments):
-    cfg, _, _ = load(arguments)
-    env = make_env(cfg.env, cfg.eval.verify_iters)
+    cfg, _, overrides = load(arguments)
+    attempts = cfg.eval.verify_iters
+    env = make_env(cfg.env, attempts)
     metrics = list(dict.fromkeys(chain(*[metrics for _, _, metrics in env.reports])))
     policy = Policy(cfg.model, cfg.lora)
     for variant in cfg.eval.variants:
-        records = played(policy, cfg, variant)
+        records = played(policy, cfg, variant, 1)
         print(f"bare, {variant}: {in_format(records, env.answer_key):.1%} in the task's format")
         print("    such as", repr(records[0]["turns"][0].text))
     if cfg.env["name"] == "gp":
@@ -87,14 +88,14 @@ def main(arguments):
         for rule in gp.RULES:
             solved = puzzles_solved(policy, make_env(cfg.env, 1, rule=rule, image_size=None), seeds)
             print(f"bare, plain words, hands of rule {rule}: {solved:.1%}", flush=True)
-    for _, path in checkpoints(Path(cfg.run.dir) / "sft"):
+    for _, path in checkpoints(Path(cfg.run.dir) / arm_name("sft", overrides)):
         policy.load(path, value_head=False)
-        records = played(policy, cfg, "ID")
+        records = played(policy, cfg, "ID", attempts)
         describe(f"{path.name}, ID", records, metrics)
         if categories(records).get("illegal", 0) <= ILLEGAL:
             break
     for variant in list(cfg.eval.variants)[1:]:
-        describe(f"Init = {path.name}, {variant}", played(policy, cfg, variant), metrics)
+        describe(f"Init = {path.name}, {variant}", played(policy, cfg, variant, attempts), metrics)
 
 
 if __name__ == "__main__":
