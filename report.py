@@ -17,8 +17,9 @@ A generated block stands between two comments. The first names the block and, as
     ... (written here) ...
     <!-- end -->
 
-Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), trainings
-(differences by seed, and those of an earlier training), grid (arms against variants), figure.
+Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
+of each seed), trainings (differences by seed, and those of an earlier training), grid (arms against
+variants), figure.
 """
 import argparse
 import json
@@ -30,7 +31,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from lib.results import Estimate, Report, temperature_name
+from lib.results import Estimate, Point, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 
@@ -58,6 +59,9 @@ def read(path):
         raise UserError(f"cannot read {path}: run eval.py first") from None
     if "reports" not in stored:
         raise UserError(f"{path} is of an older version: run eval.py again")
+    for arms in stored["curves"].values():
+        for arm, points in arms.items():
+            arms[arm] = [Point(*numbers) for numbers in points]
     return SimpleNamespace(**{"transcripts": [], "notes": [], **stored})
 
 
@@ -67,6 +71,7 @@ def as_class(stored):
         return Report(**stored)
     for name, numbers in stored.get("metrics", {}).items():
         stored["metrics"][name] = Estimate(*numbers)
+        stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
     return stored
 
 
@@ -142,6 +147,37 @@ def difference_lines(results):
     return lines
 
 
+def seed_lines(results):
+    """Leading metrics of the arms and of their differences: together, and of each seed."""
+    columns = f"all together, mean of seeds, seeds {', '.join(map(str, results.seeds))}"
+    temperature = results.temperatures[0]
+    rows = [row for row in results.table + results.differences if row["temperature"] == temperature]
+    places = [(row["split"], row["variant"], who(row)) for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*places)]
+    lines = []
+    for report in results.reports:
+        title = f"{report.name} by seed, {temperature_name(temperature)}: {columns}"
+        lines += ["", title]
+        for row, place in zip(rows, places):
+            each = row["per_seed"].get(report.lead)
+            if each:
+                line = "".join(map(str.ljust, place, widths))
+                for number in (row["metrics"][report.lead].value, mean(each), *each):
+                    line += f"{'-':>8}" if number is None else f"{number:8.1f}"
+                lines.append(line)
+    return lines
+
+
+def who(row):
+    return f"{row['arm']} - {row['base']}" if "base" in row else row["arm"]
+
+
+def mean(per_seed):
+    """Of the seeds in which there was something to measure."""
+    known = [one for one in per_seed if one is not None]
+    return sum(known) / len(known)
+
+
 def print_transcripts(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
     temperature = temperature_name(results.temperatures[0])
@@ -171,7 +207,7 @@ def draw(results, path):
     figure, axes = plt.subplots(len(variants), columns, sharex="col", squeeze=False,
                                 figsize=(5 * columns, 2.7 * len(variants)))
     everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
-    most_gflops, *_ = max(everywhere)
+    most_gflops = max(point.gflops for point in everywhere)
     others = cycle(OTHER_COLORS)
     colors = {arm: COLORS.get(arm) or next(others) for arm in results.curves[next(iter(variants))]}
     for panels, variant in zip(axes, variants):
@@ -198,9 +234,9 @@ def draw(results, path):
 def draw_arm(panels, arm, points, color, most_gflops):
     """An arm's Points: a curve with its 95 % band over compute, then dots over recognition.
 
-    The dots are the fuller the more compute was spent. Init is a star.
+    The dots are the fuller the more compute was spent. Init is a star. Each seed has small dots.
     """
-    gflops, value, low, high, recognition = zip(*points)
+    gflops, value, low, high, recognition, _ = zip(*points)
     name = NAMES.get(arm, arm)
     compute, *others = panels
     if arm.startswith("Init"):
@@ -213,11 +249,15 @@ def draw_arm(panels, arm, points, color, most_gflops):
         dots = {"s": 30, "alpha": opacity, "zorder": 2}
     for panel in others:
         panel.scatter(recognition, value, color=color, **dots)
+    for point in points:
+        for seed_value, seed_recognition in point.per_seed:
+            for panel, x in zip(panels, (point.gflops, seed_recognition)):
+                panel.plot(x, seed_value, ".", color=color, markersize=2, alpha=0.6)
 
 
 # ---------------------------------------------------------------- blocks of the documents
 def pick(rows, place, **wanted):
-    """The Estimate at a place [split, variant, metric] of the row that has what is wanted.
+    """The row at a place [split, variant, metric] that has what is wanted.
 
     Raises: UserError if there is none.
     """
@@ -225,7 +265,7 @@ def pick(rows, place, **wanted):
     wanted.update(split=split, variant=variant)
     for row in rows:
         if wanted.items() <= row.items() and metric in row["metrics"]:
-            return row["metrics"][metric]
+            return row
     raise UserError(f"no {metric} of {wanted}")
 
 
@@ -237,21 +277,27 @@ def markdown(head, body):
 
 def value_text(results, place, arm, greedy=True):
     """An arm's value with half its interval, and the greedy one in brackets if that was played."""
-    estimate = pick(results.table, place, arm=arm, temperature=results.temperatures[0])
+    estimate = arm_value(results, place, arm, results.temperatures[0])
     text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
     if greedy and 0 in results.temperatures[1:]:
-        text += f" ({pick(results.table, place, arm=arm, temperature=0).value:.1f})"
+        text += f" ({arm_value(results, place, arm, 0).value:.1f})"
     return text
 
 
-def gap(results, rows, place, pair):
-    """The Estimate of a paired difference among the rows, at the first temperature."""
+def arm_value(results, place, arm, temperature):
+    """The Estimate of an arm."""
+    return pick(results.table, place, arm=arm, temperature=temperature)["metrics"][place[-1]]
+
+
+def gap(results, place, pair):
+    """The row of a paired difference, at the first temperature."""
     arm, base = pair
-    return pick(rows, place, arm=arm, base=base, temperature=results.temperatures[0])
+    wanted = {"arm": arm, "base": base, "temperature": results.temperatures[0]}
+    return pick(results.differences, place, **wanted)
 
 
 def gap_text(results, place, pair):
-    found = gap(results, results.differences, place, pair)
+    found = gap(results, place, pair)["metrics"][place[-1]]
     return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
 
 
@@ -299,17 +345,37 @@ def table_block(fields, folder):
 def trainings_block(fields, folder):
     """How far trainings differ: differences by seed, then those of the earlier training."""
     now = read(ROOT / fields["source"])
-    before = SimpleNamespace(**{**vars(now), "per_run": {}, **now.earlier})
+    before = SimpleNamespace(**{**vars(now), **now.earlier})
     body = []
     for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
         cells = [f"{label}: {pair_name(pair)}"]
         for training in (now, before):
-            each = [gap(now, rows, place, pair).value for rows in training.per_run.values()]
+            each = gap(training, place, pair)["per_seed"][place[-1]]
             by_seed = ", ".join(f"{value:+.1f}" for value in each)
             cells += [gap_text(training, place, pair), by_seed or "not kept"]
         body.append(cells)
     seeds = "seeds " + ", ".join(map(str, now.seeds))
     return markdown(["points", "this training", seeds, "earlier training", seeds], body)
+
+
+def seeds_block(fields, folder):
+    """Of each arm and paired difference: all seeds together, their mean, each."""
+    results = read(ROOT / fields["source"])
+    wanted = {"temperature": results.temperatures[0]}
+    body = []
+    for label, place in fields["rows"].items():
+        rows = {}
+        for arm, name in NAMES.items():
+            rows[name] = pick(results.table, place, arm=arm, **wanted)
+        for pair in PAIRS:
+            rows[pair_name(pair)] = gap(results, place, pair)
+        for name, row in rows.items():
+            estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
+            interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+            by_seed = ["-" if one is None else f"{one:.1f}" for one in each]
+            body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed)])
+    seeds = "seeds " + ", ".join(map(str, results.seeds))
+    return markdown(["% or points", "all together", "mean of seeds", seeds], body)
 
 
 def grid_block(fields, folder):
@@ -320,9 +386,9 @@ def grid_block(fields, folder):
     for label, arm in fields["rows"].items():
         cells = [label]
         for variant in results.variants:
-            wanted = {"arm": arm, "temperature": results.temperatures[0]}
-            a = pick(results.table, [fields["split"], variant, first], **wanted)
-            b = pick(results.table, [fields["split"], variant, second], **wanted)
+            place, temperature = [fields["split"], variant], results.temperatures[0]
+            a = arm_value(results, [*place, first], arm, temperature)
+            b = arm_value(results, [*place, second], arm, temperature)
             cells.append(f"{a.value:.0f} ({b.value:.0f})")
         body.append(cells)
     return markdown([fields["head"], *results.variants], body)
@@ -339,7 +405,7 @@ def figure_block(fields, folder):
 
 
 BLOCKS = {"headline": headline_block, "table": table_block, "trainings": trainings_block,
-          "grid": grid_block, "figure": figure_block}
+          "seeds": seeds_block, "grid": grid_block, "figure": figure_block}
 BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -414,6 +480,8 @@ def main(arguments):
     print(*table_lines(results), sep="\n")
     if results.differences:
         print(*difference_lines(results), sep="\n")
+    if len(results.seeds) > 1:
+        print(*seed_lines(results), sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":

@@ -59,6 +59,17 @@ def trained_with(checkpoint):
         raise UserError(f"{path} is missing or unreadable: it says what {checkpoint} is") from None
 
 
+class Seed(NamedTuple):
+    """What trainings have in common that are one seed: they began from one Init."""
+    training: int  # run.seed
+    model: str
+
+
+def seed_of(checkpoint):
+    settings = trained_with(checkpoint)
+    return Seed(settings["run"]["seed"], settings["model"]["path"])
+
+
 def find_trainings(runs, kind):
     """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10."""
     found = []

@@ -7,21 +7,22 @@
     gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
     notes                      lines that the table must not be read without: compute that is not
                                equal, arms that were trained on what is played
-    table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate}}
-                               in %; of a reference policy the temperature is null
-    differences                rows {split, variant, temperature, arm, base, metrics} in points
-    per_run                    {run folder: its own differences}, where several runs are pooled
+    table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate},
+                               per_seed: {name: a value per seed}} in %, the seeds pooled in
+                               `metrics`; of a reference policy the temperature is null
+    differences                rows {split, variant, temperature, arm, base, metrics, per_seed} in
+                               points
     curves                     {variant: {Init or training: [Point]}}, at the first split and
                                temperature
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
-    runs, seeds, minutes       run folders, their seeds, minutes per training
+    runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
 """
 from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A ratio in % (or a difference of two, in points) with its 95 % bootstrap interval."""
+    """A ratio in %, or a difference in points, with its 95 % interval (lib/bootstrap.py)."""
     value: float
     low: float
     high: float
@@ -50,6 +51,7 @@ class Point(NamedTuple):
     low: float
     high: float
     recognition: float
+    per_seed: list = ()  # (metric, recognition) of each
 
 
 def temperature_name(temperature):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import random
 import resource
 import shutil
@@ -10,13 +11,14 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import CONFIG
 
 import eval as evaluation
 import rollout
 import sft
-from lib import cells
+from lib import bootstrap, cells
 from lib.arms import Comparison, seen_notes
 from lib.checks import choice, optional, text, whole
 from lib.settings import UserError
@@ -406,8 +408,9 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
             "rl": [100, 400],
         }
         assert arms["rl"][0] == arms["Init"][0] == arms["sft"][0]
-        for _, value, low, high, recognition in itertools.chain(*arms.values()):
+        for _, value, low, high, recognition, seeds in itertools.chain(*arms.values()):
             assert low <= value + 1e-4 and value - 1e-4 <= high and recognition == 100
+            assert seeds == [[pytest.approx(value), 100]]
     assert saved(folder)["curves"]["ID"]["Init"][0][1] == pytest.approx(
         float(ratio(found, "per_step")), abs=1e-4
     )
@@ -424,8 +427,8 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     assert (one["splits"], one["temperatures"], one["curve_n"]) == ({"all": 40}, [0.2, 0], 10)
     assert (
         one["variants"] == {"ID": {}, "long": {"longest": 9}}
-        and one["per_run"] == {}
         and one["seeds"] == [0]
+        and "one training seed" in one["notes"][-1]
     )
     assert one["minutes"]["rl"] == 1.5 and set(one["minutes"]) == {"rl", "eval"}
     assert (
@@ -435,8 +438,11 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     assert f"python report.py {folder}" in captured.err and captured.out == ""
     run(f"eval.runs=[{folder}, {tmp_path / 'other'}]")
     two = saved(folder)
-    assert two["seeds"] == [0, 5] and set(two["per_run"]) == {str(folder), str(tmp_path / "other")}
-    assert all(rows == one["differences"] for rows in two["per_run"].values())
+    assert two["seeds"] == [0, 5] and not any("one training seed" in note for note in two["notes"])
+    for kind in ("table", "differences"):
+        for row, single in zip(two[kind], one[kind]):
+            for metric, values in row["per_seed"].items():
+                assert values == pytest.approx(2 * [single["metrics"][metric][0]], abs=1e-4)
 
 
 def test_transcripts_hold_whole_episodes(main, toy):
@@ -562,7 +568,7 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
         shown = {(row["split"], row["variant"]) for row in rows}
         assert shown == {("all", "ID"), ("the plan", "given"), ("unseen", "ID")}
     assert set(found["curves"]) == {"ID", "given"}
-    assert found["notes"] == [
+    assert found["notes"][:-1] == [
         "not at equal compute: sft/step_3 has 300 model GFLOPs, 25.0 % less than rl/step_4 (400)"
     ]
 
@@ -704,6 +710,146 @@ def test_what_never_occurs_is_left_out(main, toy):
     )
     text = (folder / "evaluation.json").read_text()
     assert '"first_turn": [' not in text and "NaN" not in text
+
+
+# ---------------------------------------------------------------- intervals
+def interval(pairs, clusters, base=None, seeds=None):
+    """Of the ratio of sums of pairs, or of its difference to the base's."""
+    cells = [pairs] if base is None else [pairs, base]
+    counts = torch.tensor(cells).float().transpose(0, 1)
+    statistic = bootstrap.value if base is None else bootstrap.difference
+    return bootstrap.measure(counts, clusters, seeds or len(clusters) * [0], statistic).estimate
+
+
+def test_whole_groups_are_drawn_as_many_as_there_are():
+    weights = bootstrap.draws(3)
+    assert set(weights.sum(1).tolist()) == {3} and weights.std(0).min() > 0.7
+    counts = torch.tensor([[[1.0, 2]], [[3, 4]], [[0, 1]]])
+    assert bootstrap.sums_by(["a", "b", "a"], counts).tolist() == [[[1, 3]], [[3, 4]]]
+
+
+def test_whole_clusters_are_drawn():
+    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0,
+    3/4 and 1.
+    """
+    pairs, clusters = [(1, 1), (0, 1), (1, 1), (1, 1)], ["b", "a", "b", "b"]
+    sums = bootstrap.sums_by(clusters, torch.tensor(pairs).float()[:, None])
+    assert set(bootstrap.ratios(sums, bootstrap.draws(2))[:, 0].tolist()) == {0, 0.75, 1}
+    assert interval(pairs, clusters) == (0.75, 0, 1)
+
+
+def test_interval_of_a_ratio_of_sums():
+    """Clusters a = {1 of 2, 0 of 1} and b = {3 of 4}: aa 2/6, ab 4/7, bb 6/8."""
+    found = interval([(1, 2), (3, 4), (0, 1)], ["a", "b", "a"])
+    assert found == pytest.approx((4 / 7, 1 / 3, 3 / 4))  # the mean of shares would be 5/12
+
+
+def test_difference_of_ratios_by_hand():
+    """Arm a 1/2, b 3/4, base a 1/1, b 1/5: aa 1/2 - 1, ab 4/6 - 2/6, bb 3/4 - 1/5, not the
+    ratio of any differences.
+    """
+    arm, base = [(1, 2), (3, 4)], [(1, 1), (1, 5)]
+    assert interval(arm, "ab", base) == pytest.approx((1 / 3, -1 / 2, 0.55))
+    assert interval(base, "ab", arm) == pytest.approx((-1 / 3, -0.55, 1 / 2))
+    assert interval(arm, "ab", arm) == (0, 0, 0)
+
+
+def test_resamples_in_which_nothing_was_asked_do_not_count():
+    """Nothing is asked in cluster b: bb says nothing, aa and ab say 1/3."""
+    assert interval([(1, 3), (0, 0)], "ab") == pytest.approx((1 / 3,) * 3)
+    assert interval([(1, 3), (0, 0)], "ab", [(3, 3), (4, 4)]) == pytest.approx((-2 / 3,) * 3)
+
+
+def test_one_cluster_has_no_width():
+    found = interval([(0, 1), (1, 1), (1, 1), (0, 1), (1, 1)], ["same"] * 5)
+    assert found == pytest.approx((0.6,) * 3)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
+    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every
+    coin narrows nothing, whether its copies are of one seed or of several.
+    """
+    values = [(int(i % 10 < 3), 1) for i in range(400) for _ in range(copies)]
+    clusters = [i for i in range(400) for _ in range(copies)]
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    for seeds in (None, [i % copies for i in range(400 * copies)]):
+        mean, low, high = interval(values, clusters, seeds=seeds)
+        assert mean == pytest.approx(0.3, abs=1e-5)
+        assert mean - low == pytest.approx(half, rel=0.1)
+        assert high - mean == pytest.approx(half, rel=0.1)
+
+
+def test_few_seeds_by_hand():
+    """Seeds that all hands agree on: the t interval of 1/4, 1/2 and 3/4 (t(2) = 4.303, standard
+    deviation 1/4). Hands differ in nothing.
+    """
+    pairs = [(share, 4) for share in (1, 2, 3) for _ in range(50)]
+    clusters, seeds = 3 * list(range(50)), [seed for seed in "abc" for _ in range(50)]
+    mean, low, high = interval(pairs, clusters, seeds=seeds)
+    assert mean == 0.5 and high - mean == pytest.approx(mean - low)
+    assert mean - low == pytest.approx(4.303 * 0.25 / math.sqrt(3), rel=0.03)
+    assert interval(pairs, clusters, pairs, seeds) == (0, 0, 0)
+
+
+def test_variances_of_seeds_and_clusters_add_up():
+    """t at Satterthwaite's degrees of freedom: the seeds' alone, (1 + 1)^2 / (1/2 + 1/600) = 7.97,
+    the clusters' alone.
+    """
+    assert bootstrap.half_width(4, 3, 0, 601) == pytest.approx(2 * 4.303, rel=1e-3)
+    assert bootstrap.half_width(1, 3, 1, 601) == pytest.approx(2.365 * math.sqrt(2), rel=1e-3)
+    assert bootstrap.half_width(0, 3, 4, 601) == pytest.approx(2 * 1.964, rel=1e-3)
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (4.9, 2.776), (11, 2.201), (60, 2.0003)])
+def test_quantiles_of_student(freedom, t):
+    assert bootstrap.student_t(freedom) == pytest.approx(t, rel=3e-3)
+
+
+@pytest.mark.parametrize("seeds, spread", [(5, 0.13), (3, 0.13), (5, 0.02), (3, 0)])
+def test_intervals_cover_what_another_training_would_show(seeds, spread):
+    """Success near 0.4 whose runs differ by `spread`, 1000 hands of 700 kinds, the same for all
+    runs. Hands alone (one seed's interval) cover less than half where runs differ by 13 points.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hands = torch.randint(700, (1000,), generator=generator)
+    labels = [seed for seed in range(seeds) for _ in hands]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    deviation = math.sqrt(spread**2 + 0.25**2 + 0.1**2)
+    truth = (0.4 + deviation * normal(10**6)).clamp(0, 1).mean()
+    covered, by_hands_alone, trials = 0, 0, 200
+    for _ in range(trials):
+        kinds = 0.25 * normal(700) + 0.1 * normal(seeds, 700)
+        chance = 0.4 + spread * normal(seeds, 1) + kinds[:, hands]  # (seeds, 1000)
+        solved = torch.rand(chance.shape, generator=generator) < chance
+        counts = torch.stack([solved.flatten(), torch.ones(solved.numel())], -1)[:, None]
+        clusters = seeds * hands.tolist()
+        _, low, high = bootstrap.measure(counts, clusters, labels, bootstrap.value).estimate
+        covered += low <= truth <= high
+        alone = bootstrap.measure(counts, clusters, [0] * len(labels), bootstrap.value).estimate
+        by_hands_alone += alone.low <= truth <= alone.high
+    assert covered >= 0.9 * trials
+    if spread > 0.1:
+        assert by_hands_alone < 0.5 * trials
+
+
+def test_paired_difference_of_identical_arms_is_exactly_zero():
+    def cell(solved):
+        counts = [{"first": (i % 2, 1), "solved": (solved[i], 1)} for i in range(100)]
+        return [{"cluster": i // 3, "seed": 0, "counts": counts[i]} for i in range(100)]
+
+    one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
+    arms = {"a": one, "b": one, "c": two}
+    cells = {evaluation.Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
+    same, other = evaluation.differences(cells, [("a", "b"), ("c", "a")])
+    assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
+    mean, low, high = other["metrics"]["solved"]  # in points
+    # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
+    assert mean == pytest.approx(1) and low == 0 and 2 < high < 5
+    assert other["per_seed"]["solved"] == pytest.approx([1])
 
 
 # ---------------------------------------------------------------- which arms, which pairs

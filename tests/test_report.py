@@ -33,6 +33,7 @@ def evaluation(**changes):
                         "temperature": temperature,
                         "n": 40,
                         "metrics": metrics,
+                        "per_seed": {"solved": [value - 5, value + 4], "recognized": [None, 1]},
                     }
                 )
         table.append(
@@ -49,6 +50,7 @@ def evaluation(**changes):
             for temperature in (0.2, 0):
                 gap = VALUES[arm][0] - VALUES[base][0]
                 metrics = {"solved": [gap, gap - 3, gap + 4.5]}
+                per_seed = {"solved": [gap - 1, gap + 2]}
                 differences.append(
                     {
                         "split": "all",
@@ -57,10 +59,11 @@ def evaluation(**changes):
                         "arm": arm,
                         "base": base,
                         "metrics": metrics,
+                        "per_seed": per_seed,
                     }
                 )
     curve = {
-        "Init": [[10, 60, 50, 70, 90]],
+        "Init": [[10, 60, 50, 70, 90, [[55, 89], [64, 91]]]],
         "sft": [[10, 60, 50, 70, 90], [40, 80, 70, 90, 60]],
         "rl": [[10, 60, 50, 70, 90], [50, 65, 60, 71, 95]],
     }
@@ -81,11 +84,11 @@ def evaluation(**changes):
         "gflops": {"Init": 10, "sft": 40, "rl": 50_000},
         "table": table,
         "differences": differences,
-        "per_run": {"runs/a": differences, "runs/b": differences},
         "curves": dict.fromkeys(VARIANTS, curve),
         "minutes": {"eval": 1.5},
     }
-    found["earlier"] = {"table": table, "differences": differences}
+    before = [{**row, "per_seed": {}} for row in differences]
+    found["earlier"] = {"table": table, "differences": before}
     return {**found, **changes}
 
 
@@ -128,6 +131,18 @@ def test_differences_by_hand(show):
         "all     ID        sft - Init    +20.0 [+17.0, +24.5]    +20.0 [+17.0, +24.5]",
         "all     ID        rl - Init      +5.0 [ +2.0,  +9.5]     +5.0 [ +2.0,  +9.5]",
     ]
+
+
+def test_seeds_by_hand(show):
+    """Leading metrics alone; a seed in which nothing was asked is a dash and not in the mean."""
+    printed = show()
+    block = printed[printed.index("success by seed") :].splitlines()
+    assert block[0] == "success by seed, T = 0.2: all together, mean of seeds, seeds 1, 2"
+    assert block[1].split() == "all ID Init 60.0 59.5 55.0 64.0".split()
+    assert block[7].split() == "all ID sft - Init 20.0 20.5 19.0 22.0".split()
+    block = printed[printed.index("recognition by seed") :].splitlines()
+    assert block[1].split() == "all ID Init 70.0 1.0 - 1.0".split()
+    assert "by seed" not in show(seeds=[1])
 
 
 def test_what_never_occurred_is_a_dash(show):
@@ -208,10 +223,19 @@ def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch)
     axes = drawn(show, monkeypatch).axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == ["ID\nsuccess % (T = 0.2)", "", "rule OOD\nsuccess % (T = 0.2)", ""]
-    curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    curves = {
+        line.get_label(): line.get_xydata().tolist()
+        for line in axes[0].lines
+        if line.get_marker() != "."
+    }
     assert curves == {"Init": [[10, 60]], "SFT": [[10, 60], [40, 80]], "RL": [[10, 60], [50, 65]]}
     dots = [dots.get_offsets().tolist() for dots in axes[1].collections]
     assert dots == [[[90, 60]], [[90, 60], [60, 80]], [[90, 60], [95, 65]]]
+    dots = [
+        [dot.get_xydata().tolist() for dot in axis.lines if dot.get_marker() == "."]
+        for axis in axes[:2]
+    ]
+    assert dots == [[[[10, 55]], [[10, 64]]], [[[89, 55]], [[91, 64]]]]  # of the seeds
     assert axes[0].get_title() == "6 episodes per seed and point, seeds: 2"
     assert (show.folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -286,9 +310,16 @@ def test_table_block_says_what_a_reader_must_know(block, tmp_path):
 def test_trainings_block_by_hand(block):
     lines = block("trainings\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
     assert lines[2:] == [
-        "| won: SFT - Init | +20.0 [17.0, 24.5] | +20.0, +20.0 | +20.0 [17.0, 24.5] | not kept |",
-        "| won: RL - Init | +5.0 [2.0, 9.5] | +5.0, +5.0 | +5.0 [2.0, 9.5] | not kept |",
+        "| won: SFT - Init | +20.0 [17.0, 24.5] | +19.0, +22.0 | +20.0 [17.0, 24.5] | not kept |",
+        "| won: RL - Init | +5.0 [2.0, 9.5] | +4.0, +7.0 | +5.0 [2.0, 9.5] | not kept |",
     ]
+
+
+def test_seeds_block_by_hand(block):
+    lines = block("seeds\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
+    assert lines[0] == "| % or points | all together | mean of seeds | seeds 1, 2 |"
+    assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |"
+    assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |"
 
 
 def test_grid_block_by_hand(block):
