@@ -78,7 +78,8 @@ class Environment(Protocol):
             action: type of the right action here, for accuracies "first_<action>", or None,
             attempt: 1.. at this position,
             feedback: the verifier's text, "" after a right answer,
-            cluster: text; episodes that share it are resampled together, as not independent}).
+            cluster: text; episodes that share it are resampled together, as not independent,
+            positions: of the whole episode, for the metric of this name; may be absent}).
         """
 
     def expert(self):
@@ -326,7 +327,8 @@ def counts(infos, solved):
         per_step: (right answers, answers),
         first: (right first attempts, first attempts); each position has one first attempt,
         recognized: (first attempts that report the right observation, first attempts),
-        first_<action>: as first, at the positions where the expert's action is of that type.
+        first_<action>: as first, at the positions where the expert's action is of that type,
+        positions: (positions solved, positions), those never reached included, where infos tell.
     Source: paper C.3 (success; per-step accuracy).
     """
     right, of = Counter(solved=int(solved)), Counter(solved=1)
@@ -339,6 +341,8 @@ def counts(infos, solved):
                 asked[f"first_{info['action']}"] = info["correct"]
         right.update(asked)
         of.update(asked.keys())
+    if "positions" in infos[0]:
+        right["positions"], of["positions"] = right["per_step"], infos[0]["positions"]
     return {metric: (right[metric], of[metric]) for metric in of}
 
 

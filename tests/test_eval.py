@@ -177,6 +177,16 @@ def test_counts_of_an_episode_of_several_positions():
     }
 
 
+def test_positions_that_a_walk_never_reached_are_not_solved():
+    """Of ten positions the first is solved, the second not; per step the denominators differ."""
+    infos = answers(("forward", 1, True, True), ("turn", 1, False, True), ("turn", 2, False, True))
+    for info in infos:
+        info["positions"] = 10
+    found = counts(infos, False)
+    assert (found["positions"], found["per_step"], found["first"]) == ((1, 10), (1, 3), (1, 2))
+    assert "positions" not in counts(answers((None, 1, True, True)), True)
+
+
 def test_counts_of_a_hand():
     """One position, one type of action: right on the third attempt, read right from the second."""
     infos = answers((None, 1, False, False), (None, 2, False, True), (None, 3, True, True))
