@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 
 from lib.arms import Comparison, seed_of, seen_notes, trained_with
-from lib.bootstrap import difference, measure, value
+from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
 from lib.progress import announce, progress_bar
 from lib.results import Point, Report, temperature_name
@@ -50,7 +50,6 @@ from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
 
-CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
 ONE_SEED = ("one training seed: intervals are over hands or routes alone; another training may "
             "fall outside")
 
@@ -65,22 +64,69 @@ def columns(episodes):
     return found
 
 
+def in_percent(counts, episodes, statistic):
+    """The Measured of counts (n, K, 2) of n episodes, in % or points."""
+    clusters = [episode["cluster"] for episode in episodes]
+    seeds = [episode["seed"] for episode in episodes]
+    return measure(counts * torch.tensor([100, 1]), clusters, seeds, statistic)
+
+
+def stacked(cells, metric):
+    """(n, K, 2) float: what n episodes count for a metric in each of K cells of `columns`."""
+    return torch.tensor([cell[metric] for cell in cells]).float().transpose(0, 1)
+
+
 def measured(episodes, base=None):
     """Metrics of an arm's episodes, or of the difference to a base's same ones.
 
     Returns: {metrics: {name: Estimate}, per_seed: {name: values of the seeds}} in % (points).
     """
-    clusters = [episode["cluster"] for episode in episodes]
-    seeds = [episode["seed"] for episode in episodes]
     cells = [columns(episodes)] if base is None else [columns(episodes), columns(base)]
     statistic = value if base is None else difference
     row = {"metrics": {}, "per_seed": {}}
     for metric in cells[0]:
         if metric in cells[-1]:
-            counts = torch.tensor([cell[metric] for cell in cells]).float()  # (K, n, 2)
-            in_percent = counts.transpose(0, 1) * torch.tensor([100, 1])  # (n, K, 2)
-            found = measure(in_percent, clusters, seeds, statistic)
+            found = in_percent(stacked(cells, metric), episodes, statistic)
             row["metrics"][metric], row["per_seed"][metric] = found
+    return row
+
+
+class Checkpoint(NamedTuple):
+    """One of a training, or of several seeds' trainings at the same step, and what it played."""
+    gflops: float  # mean
+    episodes: list
+
+
+def point_of(checkpoint, lead):
+    """The Point on a curve of the metric `lead`."""
+    found = measured(checkpoint.episodes)
+    recognition = found["metrics"]["recognized"].value
+    per_seed = list(zip(found["per_seed"][lead], found["per_seed"]["recognized"]))
+    return Point(checkpoint.gflops, *found["metrics"][lead], recognition, per_seed)
+
+
+def above_curve(trained, other, metric):
+    """How far an arm lies above a curve of SFT in another variant than the trained one.
+
+    Args: trained, other: the curve's Checkpoints in the two variants, in order, the arm's last.
+    Returns: as `measured`, in points, of "equal FLOPs" and "equal ID": where the curve first comes
+        to the arm's compute, and to its metric in the trained variant. One that it never comes to
+        is left out.
+    """
+    parts = []
+    for checkpoints in (trained, other):
+        cells = [columns(checkpoint.episodes) for checkpoint in checkpoints]
+        parts.append(stacked(cells, metric))  # (n, k + 1, 2)
+    rest = map(torch.zeros_like, parts)  # what is not played in the other variant
+    halves = [torch.cat([parts[0], next(rest)], 1), torch.cat([next(rest), parts[1]], 1)]
+    counts = torch.cat(halves)  # (n + n, 2 (k + 1), 2)
+    episodes = trained[0].episodes + other[0].episodes
+    gflops = torch.tensor([checkpoint.gflops for checkpoint in trained]).double()
+    row = {"metrics": {}, "per_seed": {}}
+    for name, x in (("equal FLOPs", gflops), ("equal ID", None)):
+        found = in_percent(counts, episodes, gap_along(x))
+        if found.estimate:
+            row["metrics"][name], row["per_seed"][name] = found
     return row
 
 
@@ -275,7 +321,8 @@ class Evaluation:
             points[init.name] = [init.checkpoints]
         for training in self.comparison.trainings:
             steps = list(zip(*training.checkpoints))  # as far as all runs come
-            spread = torch.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS))
+            wanted = min(len(steps), self.e.curve_points or len(steps))
+            spread = torch.linspace(0, len(steps) - 1, wanted)
             points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
         return points
 
@@ -296,27 +343,45 @@ class Evaluation:
             cells[place] += run.cell(place, scene, checkpoint, scene.n, self.bar)
         return cells
 
-    def point(self, place, checkpoints):
-        """The Point of checkpoints, one per run; its compute is the mean over the runs."""
-        episodes = []
-        for run, checkpoint in zip(self.runs, checkpoints):
-            episodes += run.cell(place, self.scene(place), checkpoint, self.e.curve_n, self.bar)
-        found, lead = measured(episodes), self.reports[0].lead
-        recognition = found["metrics"]["recognized"].value
-        seeds = list(zip(found["per_seed"][lead], found["per_seed"]["recognized"]))
-        gflops = self.comparison.mean_gflops(checkpoints)
-        return Point(gflops, *found["metrics"][lead], recognition, seeds)
-
     def curve(self, variant):
-        """{Init or training: Points in the order of training}; that of PPO begins at its Init."""
+        """{Init or training: its Checkpoints in order}; those of PPO begin with its Init."""
         curve = {}
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
-            curve[name] = [self.point(place, checkpoints) for checkpoints in points]
+            curve[name] = [self.checkpoint(place, paths) for paths in points]
         for arm in self.comparison.ppo:
             if arm.starts and curve:
                 curve[arm.name] = curve[arm.starts[0].name] + curve[arm.name]
         return curve
+
+    def checkpoint(self, place, paths):
+        """The Checkpoint of all runs, whose paths these are."""
+        episodes = []
+        for run, path in zip(self.runs, paths):
+            episodes += run.cell(place, self.scene(place), path, self.e.curve_n, self.bar)
+        return Checkpoint(self.comparison.mean_gflops(paths), episodes)
+
+    def points(self, curves):
+        """{variant: {Init or training: Points}}. Args: curves: {variant: as of `curve`}."""
+        lead, points = self.reports[0].lead, {}
+        for variant, curve in curves.items():
+            points[variant] = found = {}
+            for name, checkpoints in curve.items():
+                found[name] = [point_of(checkpoint, lead) for checkpoint in checkpoints]
+        return points
+
+    def frontier(self, curves):
+        """Rows of how far PPO lies above SFT, see lib/results.py, in the variants after the first,
+        which is the trained one. Args: curves: {variant: as of `curve`}."""
+        (_, trained), *others = curves.items()
+        sft = [name for name, points in trained.items()
+               if name.startswith("sft") and len(points) > 1]
+        rows = []
+        for (variant, other), arm, base in product(others, self.comparison.ppo, sft):
+            both = [[*curve[base], curve[arm.name][-1]] for curve in (trained, other)]
+            found = above_curve(*both, self.reports[0].lead)
+            rows.append({"variant": variant, "arm": arm.name, "base": base, **found})
+        return rows
 
     def transcripts(self):
         """Episodes of each arm of the first run, at the first split and temperature."""
@@ -366,6 +431,7 @@ def main(arguments):
         gflops[arm.name] = evaluation.comparison.mean_gflops(arm.checkpoints)
     splits = {split: scene.n for (split, _), scene in evaluation.scenes.items()}
     curves = {variant: evaluation.curve(variant) for variant in e.variants}
+    points = evaluation.points(curves)
     notes = evaluation.comparison.notes + seen_notes(evaluation.comparison.arms, splits)
     if len(evaluation.seeds) == 1:
         notes.append(ONE_SEED)
@@ -379,7 +445,8 @@ def main(arguments):
         "gflops": gflops, "notes": notes,
         "table": summarize(cells),
         "differences": differences(cells, evaluation.comparison.pairs()),
-        "curves": curves,
+        "curves": points,
+        "frontier": evaluation.frontier(curves) if e.curve_n else [],
     }
     evaluation.bar.close()
     if e.transcripts:

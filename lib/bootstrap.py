@@ -68,9 +68,36 @@ def difference(shares):
     return shares[:, 0] - shares[:, 1]
 
 
+def gap_along(x_of=None):
+    """The statistic of how far one arm lies above a curve of k checkpoints where that first comes
+    to the arm's x, on the straight lines between its points in the order of training.
+
+    Args: x_of: (k + 1,) the x of the checkpoints and of the arm, last; None: their first shares.
+    Returns: function of shares (R, 2 (k + 1)), the arm last in each half, to (R,): the second share
+        of the arm less that of the curve; NaN where the curve does not come to the arm's x.
+    """
+    def statistic(shares):
+        first, second = shares.chunk(2, 1)  # (R, k + 1) each
+        x = first if x_of is None else x_of.expand_as(first)
+        return second[:, -1] - curve_at(x[:, :-1], second[:, :-1], x[:, -1:])
+    return statistic
+
+
+def curve_at(x, y, at):
+    """(R,) y of curves (R, k) where they first come to x = at (R, 1), NaN where they never do."""
+    before, after = x[:, :-1] - at, x[:, 1:] - at  # (R, k - 1)
+    comes = before * after <= 0
+    first = comes.int().argmax(1, keepdim=True)
+    before, after = before.gather(1, first), after.gather(1, first)
+    way = (before / (before - after)).nan_to_num(0)  # 0 / 0: both ends are there
+    start, end = y[:, :-1].gather(1, first), y[:, 1:].gather(1, first)
+    found = start + way * (end - start)  # (R, 1)
+    return found.where(comes.any(1, keepdim=True), torch.nan).squeeze(1)
+
+
 # ---------------------------------------------------------------- with its interval
 class Measured(NamedTuple):
-    estimate: Estimate
+    estimate: Estimate  # None where there is nothing to measure
     per_seed: list  # of each seed alone, None where nothing was asked
 
 
@@ -88,6 +115,8 @@ def measure(counts, clusters, seeds, statistic):
     pooled = statistic(ratios(by_seed, torch.ones(1, len(by_seed)))).item()
     each = statistic(ratios(by_seed, torch.eye(len(by_seed)))).tolist()
     per_seed = [None if math.isnan(one) else one for one in each]
+    if math.isnan(pooled):
+        return Measured(None, per_seed)
     over_clusters = _known(statistic(ratios(by_cluster, draws(len(by_cluster)))))
     known = len(by_seed) - per_seed.count(None)
     if known < 2:

@@ -14,6 +14,10 @@
                                points
     curves                     {variant: {Init or training: [Point]}}, at the first split and
                                temperature
+    frontier                   rows {variant, arm, base, metrics, per_seed}: how far PPO's last
+                               checkpoint lies above the curve of an SFT training, in points, where
+                               that comes to its compute ("equal FLOPs") and to what it reaches in
+                               the first variant ("equal ID")
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
     runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured

@@ -106,6 +106,7 @@ SCHEMA = {
     "eval.variants": mapping_of(mapping),
     "eval.batch_size": whole(1),
     "eval.curve_n": whole(0),
+    "eval.curve_points": whole(0),
     "eval.seed": whole(0, 2**31),
     "eval.runs": list_of(text),
     "eval.save_merged": list_of(text),
@@ -115,7 +116,8 @@ SCHEMA = {
 }
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
-DEFAULTS = {"ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF}
+DEFAULTS = {"ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
+            "eval.curve_points": 8}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

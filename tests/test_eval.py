@@ -424,6 +424,21 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
     assert saved(folder)["curves"]["ID"]["Init"][0][1] == pytest.approx(
         float(ratio(found, "per_step")), abs=1e-4
     )
+    (row,) = saved(folder)["frontier"]
+    assert (row["variant"], row["arm"], row["base"]) == ("long", "rl", "sft")
+    assert set(row["metrics"]) <= {"equal ID"}  # PPO spent 400, SFT 300
+
+
+def test_curve_has_as_many_points_as_asked_for(main):
+    run, folder = main
+    for step in (2, 3, 5, 7, 9):
+        (folder / f"sft/step_{step}").mkdir(exist_ok=True)
+    for points, steps in ((0, [1, 2, 3, 5, 7, 9]), (3, [1, 3, 9]), (8, [1, 2, 3, 5, 7, 9])):
+        run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=2",
+            f"eval.curve_points={points}")
+        found = saved(folder)["curves"]["ID"]["sft"]
+        assert [point[0] for point in found] == [100 * step for step in steps]
+    assert set(saved(folder)["frontier"][0]["metrics"]) >= {"equal FLOPs"}
 
 
 def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
@@ -844,6 +859,45 @@ def test_intervals_cover_what_another_training_would_show(seeds, spread):
     assert covered >= 0.9 * trials
     if spread > 0.1:
         assert by_hands_alone < 0.5 * trials
+
+
+@pytest.mark.parametrize(
+    "at, y",
+    [(25, 40 - 15), (10, 50), (30, 10), (12, 48), (9.9, None), (35, 90 - 60 * 15 / 20), (41, None)],
+)
+def test_curve_is_read_where_it_first_comes_to_x(at, y):
+    """From (10, 50) by (20, 40) to (30, 10), back to (20, 90), stays there, then to (40, 30)."""
+    x = torch.tensor([[10.0, 20, 30, 20, 20, 40]]).double()
+    values = torch.tensor([[50.0, 40, 10, 90, 90, 30]]).double()
+    found = bootstrap.curve_at(x, values, torch.tensor([[at]]).double()).item()
+    assert math.isnan(found) if y is None else found == pytest.approx(y)
+
+
+def at_shares(*shares, seed=0, gflops=0):
+    """A Checkpoint per variant that solves these shares of 20 hands."""
+    found = []
+    for variant, share in enumerate(shares):
+        episodes = []
+        for hand in range(20):
+            counts = {"solved": (int(hand < 20 * share), 1)}
+            episodes.append({"cluster": (variant, hand), "seed": seed, "counts": counts})
+        found.append(evaluation.Checkpoint(gflops, episodes))
+    return found
+
+
+def test_ppo_above_the_curve_of_sft_by_hand():
+    """SFT goes from 20 % ID and 50 % OOD to 60 and 10, so by 40 and 30 half-way, and by 30 and 40
+    at a quarter of its compute. PPO has 40 and 60.
+    """
+    sft = [at_shares(0.2, 0.5, gflops=100), at_shares(0.6, 0.1, gflops=300)]
+    found = evaluation.above_curve(*zip(*sft, at_shares(0.4, 0.6, gflops=150)), "solved")
+    assert found["metrics"]["equal ID"].value == pytest.approx(60 - 30)
+    assert found["metrics"]["equal FLOPs"].value == pytest.approx(60 - 40)
+    assert found["per_seed"]["equal ID"] == pytest.approx([30])
+    low, high = found["metrics"]["equal ID"][1:]
+    assert -20 < low < 15 and 45 < high < 80  # 20 hands
+    further = evaluation.above_curve(*zip(*sft, at_shares(0.7, 0.6, gflops=301)), "solved")
+    assert further == {"metrics": {}, "per_seed": {}}
 
 
 def test_paired_difference_of_identical_arms_is_exactly_zero():
