@@ -1,7 +1,8 @@
 """Show what eval.py found, intervals included: reads its JSON, no model.
 
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
-                                                             evaluation.png (Figures 5, 7, 8)
+                                                             evaluation.png (Figures 5, 7, 8) and
+                                                             frontier.png (OOD against ID)
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
     python report.py --documents                             rewrites blocks and figures of
                                                              README.md and docs/*.md
@@ -19,7 +20,8 @@ A generated block stands between two comments. The first names the block and, as
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
 of each seed), trainings (differences by seed, and those of an earlier training), grid (arms against
-variants), figure.
+variants), figure; frontier (a picture of several sources: {title: file}, perhaps of some variants:
+alone) and gaps (how far PPO lies above SFT's curve).
 """
 import argparse
 import json
@@ -28,6 +30,7 @@ import re
 from itertools import chain, cycle, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import yaml
 
@@ -40,6 +43,14 @@ NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
 OTHER_COLORS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
                 "tab:cyan", "tab:gray")
+STYLES = {  # of the trainings on a frontier: colours that the colour-blind tell apart, and markers
+    "Init": [{"color": "black", "marker": "*", "markersize": 7, "linestyle": "none", "zorder": 4}],
+    "sft": [{"color": "#c4442a", "marker": "o"}, {"color": "#e69f00", "marker": "s"},
+            {"color": "#cc79a7", "marker": "D"}, {"color": "#7f3c00", "marker": "P"}],
+    "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
+           {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
+}
+FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
     "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
@@ -62,7 +73,7 @@ def read(path):
     for arms in stored["curves"].values():
         for arm, points in arms.items():
             arms[arm] = [Point(*numbers) for numbers in points]
-    return SimpleNamespace(**{"transcripts": [], "notes": [], **stored})
+    return SimpleNamespace(**{"transcripts": [], "notes": [], "frontier": [], **stored})
 
 
 def as_class(stored):
@@ -190,6 +201,31 @@ def print_transcripts(results):
             print()
 
 
+def frontier_lines(results):
+    """How far PPO lies above SFT's curve, and where that is read."""
+    title = (f"RL above the curve of SFT, {results.reports[0].name} in points [95 % interval], "
+             f"{temperature_name(results.temperatures[0])}, {results.curve_n} episodes per seed "
+             "and point")
+    lines = ["", title]
+    pairs = [who(row) for row in results.frontier]
+    width = max(map(len, pairs)) + 2
+    variant_width = max(map(len, results.variants)) + 2
+    lines.append(" " * (variant_width + width) + "".join(f"{f'at {at}':^26}" for at in FRONTIER))
+    for row, pair in zip(results.frontier, pairs):
+        line = f"{row['variant']:{variant_width}}{pair:{width}}"
+        for at in FRONTIER:
+            line += f"{signed_text(row['metrics'].get(at)):^26}"
+        lines.append(line.rstrip())
+    return lines
+
+
+def signed_text(estimate):
+    """A difference with its interval."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+
+
 # ---------------------------------------------------------------- Figures 5, 7 and 8
 def draw(results, path):
     """The leading metric against model GFLOPs, one panel per variant (ID on top): Figures 5 and 7.
@@ -237,7 +273,7 @@ def draw_arm(panels, arm, points, color, most_gflops):
     The dots are the fuller the more compute was spent. Init is a star. Each seed has small dots.
     """
     gflops, value, low, high, recognition, _ = zip(*points)
-    name = NAMES.get(arm, arm)
+    name = training_name(arm)
     compute, *others = panels
     if arm.startswith("Init"):
         compute.plot(gflops, value, "*", color=color, label=name, markersize=12, zorder=5)
@@ -253,6 +289,62 @@ def draw_arm(panels, arm, points, color, most_gflops):
         for seed_value, seed_recognition in point.per_seed:
             for panel, x in zip(panels, (point.gflops, seed_recognition)):
                 panel.plot(x, seed_value, ".", color=color, markersize=2, alpha=0.6)
+
+
+# ---------------------------------------------------------------- the frontier
+class Panel(NamedTuple):
+    """One variant's leading metric against that of the first variant, which is the trained one."""
+    title: str
+    results: SimpleNamespace
+    variant: str
+
+
+def draw_frontier(panels, path):
+    """A line per training through its checkpoints, from Init, a star: thick for all seeds together,
+    thin for each. The last checkpoint is the largest."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), squeeze=False,
+                                figsize=(4.5 * len(panels), 4.2))
+    for axis, panel in zip(axes[0], panels):
+        trained = next(iter(panel.results.variants))
+        looks = {kind: cycle(styles) for kind, styles in STYLES.items()}
+        for arm, points in panel.results.curves[trained].items():
+            kind = re.match(r"[^-@ ]*", arm)[0]
+            thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
+            thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
+            others = panel.results.curves[panel.variant][arm]
+            x, y = [[point.value for point in path] for path in (points, others)]
+            draw_path(axis, x, y, **thick, label=training_name(arm))
+            for x, y in zip(paths_of_seeds(points), paths_of_seeds(others)):
+                draw_path(axis, x, y, **thin)
+        axis.set_title(panel.title)
+        axis.set_xlabel(f"{trained}: {panel.results.reports[0].name} %")
+        axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_path(axis, x, y, **look):
+    (line,) = axis.plot(x, y, **look)
+    look.update(markersize=2 * line.get_markersize(), label=None)
+    axis.plot(x[-1:], y[-1:], **look)
+
+
+def paths_of_seeds(points):
+    """Per seed the values of the metric at each of the Points."""
+    per_point = [[value for value, _ in point.per_seed] for point in points]
+    return zip(*per_point)
+
+
+def training_name(arm):
+    """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4."""
+    kind, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
+    return ", ".join([NAMES.get(kind, kind), *settings])
 
 
 # ---------------------------------------------------------------- blocks of the documents
@@ -297,8 +389,7 @@ def gap(results, place, pair):
 
 
 def gap_text(results, place, pair):
-    found = gap(results, place, pair)["metrics"][place[-1]]
-    return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
+    return signed_text(gap(results, place, pair)["metrics"][place[-1]])
 
 
 def pair_name(pair):
@@ -404,8 +495,42 @@ def figure_block(fields, folder):
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
-BLOCKS = {"headline": headline_block, "table": table_block, "trainings": trainings_block,
-          "seeds": seeds_block, "grid": grid_block, "figure": figure_block}
+def panels_of(fields):
+    """The Panels of a frontier block."""
+    panels = []
+    for title, source in fields["sources"].items():
+        results = read(ROOT / source)
+        for variant in list(results.variants)[1:]:
+            if variant in fields.get("variants", results.variants):
+                panels.append(Panel(title, results, variant))
+    return panels
+
+
+def frontier_block(fields, folder):
+    """A picture of variants against the trained one, and how many episodes are behind it."""
+    link = os.path.relpath(ROOT / fields["image"], folder)
+    behind = {panel.title: panel.results for panel in panels_of(fields)}
+    sizes = [f"{title}: {len(results.seeds)} seeds, {results.curve_n} episodes per seed and point"
+             for title, results in behind.items()]
+    caption = (f"*{fields['title']}. Thick: all seeds, thin: each of them; the star is Init, the "
+               f"last checkpoint is large. {'; '.join(sizes)}.*")
+    return [f"![{fields['title']}]({link})", "", caption]
+
+
+def gaps_block(fields, folder):
+    """How far PPO lies above each SFT training's curve."""
+    results = read(ROOT / fields["source"])
+    body = []
+    for row in results.frontier:
+        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
+        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
+        body.append([row["variant"], pair, *cells])
+    return markdown(["points", "RL - SFT", *[f"at {at}" for at in FRONTIER]], body)
+
+
+BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
+          "table": table_block, "trainings": trainings_block, "seeds": seeds_block,
+          "grid": grid_block, "figure": figure_block}
 BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -432,10 +557,14 @@ def write_documents():
             write_atomic(document, new)
             print(f"written: {document.relative_to(ROOT)}")
         for kind, written, _ in BLOCK.findall(new):
+            fields = yaml.safe_load(written)
             if kind == "figure":
-                fields = yaml.safe_load(written)
                 draw(read(ROOT / fields["source"]), ROOT / fields["image"])
-                print(f"drawn: {fields['image']}")
+            elif kind == "frontier":
+                draw_frontier(panels_of(fields), ROOT / fields["image"])
+            else:
+                continue
+            print(f"drawn: {fields['image']}")
 
 
 # ---------------------------------------------------------------- the command
@@ -482,11 +611,16 @@ def main(arguments):
         print(*difference_lines(results), sep="\n")
     if len(results.seeds) > 1:
         print(*seed_lines(results), sep="\n")
+    if results.frontier:
+        print(*frontier_lines(results), sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":
-        draw(results, path.with_suffix(".png"))
-        print(f"\nwritten: {path.with_suffix('.png')}")
+        pictures = [path.with_suffix(".png"), path.with_name("frontier.png")]
+        draw(results, pictures[0])
+        draw_frontier([Panel("", results, variant) for variant in list(results.variants)[1:]],
+                      pictures[1])
+        print("\nwritten: " + ", ".join(map(str, pictures)))
     print_transcripts(results)
     if options.publish:
         publish(path, options.publish)

@@ -97,6 +97,7 @@ def show(tmp_path, capsys):
     """report.main over a run folder that holds an evaluation; returns what it prints."""
 
     def shown(*arguments, **changes):
+        changes = {"curves": dict.fromkeys(VARIANTS, {}), **changes}  # drawing takes a second
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(**changes)))
         report.main([str(tmp_path), *arguments])
         return capsys.readouterr().out
@@ -209,18 +210,19 @@ def test_evaluation_of_an_older_version_is_a_user_error(tmp_path):
 
 # ---------------------------------------------------------------- figures
 def drawn(show, monkeypatch, **changes):
+    """The two pictures: over compute, and the frontier."""
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    show(**changes)
-    figure = plt.gcf()
+    show(**{"curves": evaluation()["curves"], **changes})
+    figure, frontier = [plt.figure(number) for number in plt.get_fignums()]
     monkeypatch.undo()
-    plt.close(figure)
-    return figure
+    plt.close("all")
+    return figure, frontier
 
 
 def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch):
-    axes = drawn(show, monkeypatch).axes
+    axes = drawn(show, monkeypatch)[0].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == ["ID\nsuccess % (T = 0.2)", "", "rule OOD\nsuccess % (T = 0.2)", ""]
     curves = {
@@ -244,7 +246,8 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
     names = ["Init @ sft/step_1", "Init @ sft/step_5", "sft", "rl"]
     names += [f"rl-x={i}" for i in range(5)]
     points = evaluation()["curves"]["ID"]["rl"]
-    figure = drawn(show, monkeypatch, curves=dict.fromkeys(VARIANTS, dict.fromkeys(names, points)))
+    curves = dict.fromkeys(VARIANTS, dict.fromkeys(names, points))
+    figure, _ = drawn(show, monkeypatch, curves=curves)
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == [*names[:2], "SFT", "RL", *names[4:]]
     assert len({line.get_color() for line in lines}) == len(names)
@@ -255,7 +258,7 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
 
 def test_figure_without_recognition_has_one_column(show, monkeypatch):
     reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
-    axes = drawn(show, monkeypatch, reports=reports).axes
+    axes = drawn(show, monkeypatch, reports=reports)[0].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == [f"{variant}\nper-step accuracy % (T = 0.2)" for variant in VARIANTS]
 
@@ -263,6 +266,55 @@ def test_figure_without_recognition_has_one_column(show, monkeypatch):
 def test_no_curves_no_figure(show):
     assert "written" not in show(curves=dict.fromkeys(VARIANTS, {}))
     assert not (show.folder / "evaluation.png").exists()
+
+
+# ---------------------------------------------------------------- the frontier
+SEEDS = [[[55, 89], [64, 91]], [[65, 90], [84, 90]]]  # (success, recognition) at two points
+PATHS = {
+    "ID": {
+        "Init": [[10, 60, 50, 70, 90, SEEDS[0]]],
+        "sft-sft.lr=2.0e-4": [
+            [10, 60, 50, 70, 90, SEEDS[0]],
+            [40, 80, 70, 90, 60, SEEDS[1]],
+        ],
+    },
+    "rule OOD": {
+        "Init": [[10, 40, 50, 70, 90, [[41, 90], [39, 90]]]],
+        "sft-sft.lr=2.0e-4": [
+            [10, 40, 50, 70, 90, [[41, 90], [39, 90]]],
+            [40, 20, 70, 90, 60, [[25, 90], [15, 90]]],
+        ],
+    },
+}
+ABOVE = {
+    "variant": "rule OOD",
+    "arm": "rl",
+    "base": "sft-sft.lr=2.0e-4",
+    "metrics": {"equal ID": [4.2, -1.1, 9.5]},
+    "per_seed": {"equal ID": [4, 5]},
+}
+
+
+def test_frontier_by_hand(show, monkeypatch):
+    """OOD against ID: all seeds together, then each of them; the last point again, large."""
+    _, figure = drawn(show, monkeypatch, curves=PATHS)
+    (axis,) = figure.axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("ID: success %", "rule OOD: success %")
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    assert lines[::2] == [
+        *([[60, 40]], [[55, 41]], [[64, 39]]),
+        *([[60, 40], [80, 20]], [[55, 41], [65, 25]], [[64, 39], [84, 15]]),
+    ]
+    assert lines[1::2] == [path[-1:] for path in lines[::2]]
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend == ["Init", "SFT, lr=2.0e-4"]
+    assert (show.folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gaps_by_hand(show):
+    printed = show(frontier=[ABOVE])
+    block = printed[printed.index("RL above the curve of SFT") :].splitlines()
+    assert block[2].split() == "rule OOD rl - sft-sft.lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
 
 
 # ---------------------------------------------------------------- documents
@@ -336,6 +388,17 @@ def test_figure_block_says_how_much_is_behind_the_picture(block):
     )
 
 
+def test_frontier_blocks_by_hand(block, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(evaluation(curves=PATHS, frontier=[ABOVE])))
+    lines = block("frontier\nsources: {A: x.json, B: x.json}\nimage: docs/f.png\ntitle: T\n")
+    assert lines[0] == "![T](f.png)"
+    size = "2 seeds, 6 episodes per seed and point"
+    assert lines[2].endswith(f" A: {size}; B: {size}.*")
+    assert block("gaps\nsource: x.json\n")[2:] == [
+        "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5] |"
+    ]
+
+
 def test_unknown_row_is_a_user_error(block):
     with pytest.raises(UserError, match="no solved of"):
         block("table\nsource: x.json\nrows:\n  x: [all, sideways, solved]\n")
@@ -354,10 +417,14 @@ def test_documents_command_writes_text_and_figures(block, tmp_path, capsys):
         "<!-- figure\nsource: x.json\nimage: docs/x.png\ntitle: T\nunit: hands\n-->\n<!-- end -->\n"
     )
     (tmp_path / "README.md").write_text("nothing to write here\n")
-    (tmp_path / "docs" / "r.md").write_text(figure)
+    frontier = (
+        "<!-- frontier\nsources: {A: x.json}\nimage: docs/f.png\ntitle: T\n-->\n<!-- end -->\n"
+    )
+    (tmp_path / "docs" / "r.md").write_text(figure + frontier)
     report.main(["--documents"])
     assert "![T](x.png)" in (tmp_path / "docs" / "r.md").read_text()
-    assert (tmp_path / "docs" / "x.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("x.png", "f.png"):
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "README.md").read_text() == "nothing to write here\n"
 
 
