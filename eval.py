@@ -50,6 +50,7 @@ from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
 
+KEPT = ("cluster", "counts", "grades")  # of an episode's record
 ONE_SEED = ("one training seed: intervals are over hands or routes alone; another training may "
             "fall outside")
 
@@ -89,6 +90,20 @@ def measured(episodes, base=None):
             found = in_percent(stacked(cells, metric), episodes, statistic)
             row["metrics"][metric], row["per_seed"][metric] = found
     return row
+
+
+def grade_shares(episodes):
+    """How an arm's answers were graded, in %, see lib/results.py."""
+    shares, answers = {}, {}
+    for kind in ("first", "retries"):
+        total = Counter()
+        for episode in episodes:
+            total.update(episode["grades"][kind])
+        answers[kind] = total.total()
+        shares[kind] = {name: 100 * n / answers[kind] for name, n in total.most_common()}
+    repeated = sum(episode["grades"]["repeated"] for episode in episodes)
+    shares["repeated"] = 100 * repeated / max(1, answers["retries"])
+    return shares
 
 
 class Checkpoint(NamedTuple):
@@ -142,7 +157,8 @@ def summarize(cells):
     """Rows of the table, see lib/results.py. Args: cells: {Place: episodes}."""
     rows = []
     for place, episodes in cells.items():
-        rows.append({**place._asdict(), "n": len(episodes), **measured(episodes)})
+        rows.append({**place._asdict(), "n": len(episodes), **measured(episodes),
+                     "grades": grade_shares(episodes)})
     return rows
 
 
@@ -218,7 +234,7 @@ def save_merged(checkpoint, cfg, folder):
 class EvaluatedRun:
     """A run folder and its cells, each played once and kept in evaluations.jsonl (lib/cells.py).
 
-    A cell is a list of episodes {cluster, counts, seed: of the training}, see rollout.counts.
+    A cell is a list of episodes {cluster, counts, grades, seed: of the training}, see rollout.py.
     """
 
     def __init__(self, folder, cfg, loader, seed):
@@ -243,7 +259,7 @@ class EvaluatedRun:
         else:
             episodes = []
             for record in self.play(place, scene, checkpoint, n, bar):
-                episodes.append({"cluster": record["cluster"], "counts": record["counts"]})
+                episodes.append({part: record[part] for part in KEPT})
             self.cells.add(key, made_by(scene.env, model), episodes)  # a hub's model is here now
         return [{**episode, "seed": self.seed} for episode in episodes]
 

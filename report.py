@@ -19,9 +19,9 @@ A generated block stands between two comments. The first names the block and, as
     <!-- end -->
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
-of each seed), trainings (differences by seed, and those of an earlier training), grid (arms against
-variants), figure; frontier (a picture of several sources: {title: file}, perhaps of some variants:
-alone) and gaps (how far PPO lies above SFT's curve).
+of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
+answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
+{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve).
 """
 import argparse
 import json
@@ -50,6 +50,7 @@ STYLES = {  # of the trainings on a frontier: colours that the colour-blind tell
     "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
            {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
 }
+GRADES = {"first": "first attempts", "retries": "retries"}
 FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
@@ -176,6 +177,39 @@ def seed_lines(results):
                 for number in (row["metrics"][report.lead].value, mean(each), *each):
                     line += f"{'-':>8}" if number is None else f"{number:8.1f}"
                 lines.append(line)
+    return lines
+
+
+def grade_rows(results, split):
+    """How the arms' answers were graded at the first temperature: a head and rows of texts."""
+    rows = []
+    for row in results.table:
+        if row["split"] == split and row["temperature"] == results.temperatures[0]:
+            rows.append(row)
+    categories = {}  # in the order of appearance
+    for kind, row in product(GRADES, rows):
+        categories.update(row["grades"][kind])
+    body = []
+    for kind, row in product(GRADES, rows):
+        shares = row["grades"][kind]
+        numbers = [f"{shares.get(name, 0):.1f}" for name in categories]
+        repeated = f"{row['grades']['repeated']:.1f}" if kind == "retries" else ""
+        body.append([GRADES[kind], row["variant"], row["arm"], *numbers, repeated])
+    return ["answers, %", "", "", *categories, "repeated"], body
+
+
+def grade_lines(results):
+    """`grade_rows` of every split, where they were counted."""
+    lines = []
+    known = "grades" in results.table[0]
+    for split in results.splits if known else ():
+        head, body = grade_rows(results, split)
+        widths = [max(map(len, column)) + 2 for column in zip(head, *body)]
+        temperature = temperature_name(results.temperatures[0])
+        lines += ["", f"{split}: grades of the answers, {temperature}"]
+        for cells in (head, *body):
+            line = "".join(map(str.ljust, cells[:3], widths))
+            lines.append(line + "".join(map(str.rjust, cells[3:], widths[3:])))
     return lines
 
 
@@ -469,6 +503,12 @@ def seeds_block(fields, folder):
     return markdown(["% or points", "all together", "mean of seeds", seeds], body)
 
 
+def grades_block(fields, folder):
+    """How the arms' answers were graded, of first attempts and of retries."""
+    head, body = grade_rows(read(ROOT / fields["source"]), fields["split"])
+    return markdown(head, body)
+
+
 def grid_block(fields, folder):
     """Arms against variants: the first metric, the second in brackets."""
     results = read(ROOT / fields["source"])
@@ -530,7 +570,7 @@ def gaps_block(fields, folder):
 
 BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
           "table": table_block, "trainings": trainings_block, "seeds": seeds_block,
-          "grid": grid_block, "figure": figure_block}
+          "grades": grades_block, "grid": grid_block, "figure": figure_block}
 BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -606,13 +646,15 @@ def main(arguments):
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
     results = read(path)
-    print(*table_lines(results), sep="\n")
+    lines = table_lines(results)
     if results.differences:
-        print(*difference_lines(results), sep="\n")
+        lines += difference_lines(results)
     if len(results.seeds) > 1:
-        print(*seed_lines(results), sep="\n")
+        lines += seed_lines(results)
+    lines += grade_lines(results)
     if results.frontier:
-        print(*frontier_lines(results), sep="\n")
+        lines += frontier_lines(results)
+    print(*lines, sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":

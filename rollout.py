@@ -346,6 +346,32 @@ def counts(infos, solved):
     return {metric: (right[metric], of[metric]) for metric in of}
 
 
+def grades(infos, texts):
+    """How one episode's answers were graded.
+
+    Args: infos: as of `counts`; texts: of the answers.
+    Returns: {first: {category: first attempts}, retries: {category: later attempts}, repeated:
+        retries that say word for word what an earlier answer to the same position said}.
+    """
+    first, retries, repeated = Counter(), Counter(), 0
+    said = set()
+    for info, text in zip(infos, texts):
+        if info["attempt"] == 1:
+            first[info["category"]] += 1
+            said = set()
+        else:
+            retries[info["category"]] += 1
+            repeated += text in said
+        said.add(text)
+    return {"first": dict(first), "retries": dict(retries), "repeated": repeated}
+
+
+def record_of(seed, infos, texts, solved):
+    """What an evaluation keeps of one episode, see `evaluate`."""
+    return {"seed": seed, "cluster": infos[0]["cluster"], "counts": counts(infos, solved),
+            "grades": grades(infos, texts)}
+
+
 def evaluation_seeds(seed, n):
     """The seeds of the n episodes that every arm and every reference policy plays."""
     first = EVAL_SEEDS + seed * 1_000_000
@@ -360,7 +386,8 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
         settings, verify_iters, changes: as of make_env.
         batch_size: environments side by side. temperature: 0 = greedy.
         progress: a tqdm bar of episodes, or None.
-    Returns: n records {seed, cluster, counts: see there, turns: list of Turns}, ordered by seed.
+    Returns: n records {seed, cluster, counts and grades: see there, turns: list of Turns}, ordered
+        by seed.
     Source: paper Sec. 4, C.3.
     """
     envs = [make_env(settings, verify_iters, **changes) for _ in range(min(batch_size, n))]
@@ -375,9 +402,9 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
                     progress.update()
     records = []
     for episode, turns in sorted(episodes.items()):
-        counted = counts([turn.info for turn in turns], turns[-1].solved)
-        records.append({"seed": episode, "cluster": turns[0].info["cluster"],
-                        "turns": turns, "counts": counted})
+        infos, texts = [turn.info for turn in turns], [turn.text for turn in turns]
+        record = record_of(episode, infos, texts, turns[-1].solved)
+        records.append({**record, "turns": turns})
     return records
 
 
@@ -390,10 +417,10 @@ def play_reference(settings, name, n, seed, verify_iters, **changes):
     records = []
     for episode in evaluation_seeds(seed, n):
         env.reset(episode)
-        infos, solved, truncated = [], False, False
+        infos, texts, solved, truncated = [], [], False, False
         while not (solved or truncated):
-            _, _, solved, truncated, info = env.step(env.reference(name))
+            texts.append(env.reference(name))
+            _, _, solved, truncated, info = env.step(texts[-1])
             infos.append(info)
-        records.append({"seed": episode, "cluster": infos[0]["cluster"],
-                        "counts": counts(infos, solved)})
+        records.append(record_of(episode, infos, texts, solved))
     return records

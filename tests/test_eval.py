@@ -22,7 +22,7 @@ from lib import bootstrap, cells
 from lib.arms import Comparison, seen_notes
 from lib.checks import choice, optional, text, whole
 from lib.settings import UserError
-from rollout import Play, counts, evaluate, make_env, play_reference
+from rollout import Play, counts, evaluate, grades, make_env, play_reference
 
 
 class Corridor:
@@ -199,6 +199,19 @@ def test_counts_of_a_hand():
     assert counts(infos[2:], True)["per_step"] == (1, 1)
 
 
+def test_grades_of_an_episode():
+    """Wrong, the same again, then right; at the next position the first answer's words are new."""
+    infos = [
+        {"attempt": attempt, "category": category}
+        for attempt, category in ((1, "wrong"), (2, "wrong"), (3, "correct"), (1, "illegal"))
+    ]
+    assert grades(infos, ["a", "a", "b", "a"]) == {
+        "first": {"wrong": 1, "illegal": 1},
+        "retries": {"wrong": 1, "correct": 1},
+        "repeated": 1,
+    }
+
+
 # ---------------------------------------------------------------- SFT examples
 def test_example_stands_anywhere_on_the_way(toy):
     """At every position, after every number of mistakes; the same seed, the same example."""
@@ -288,7 +301,7 @@ def test_reference_policies_play_the_same_episodes(toy):
     still, known = (
         play_reference(toy, name, 30, 7, 2, longest=6) for name in ("always forward", "expert")
     )
-    keys = ("seed", "cluster", "counts")
+    keys = ("seed", "cluster", "counts", "grades")
     assert still == [
         {k: r[k] for k in keys} for r in evaluate(policy, toy, 30, 7, 2, 0, 8, longest=6)
     ]
@@ -392,6 +405,12 @@ def test_table_of_an_environment_with_many_positions(main, toy):
             )
             assert value == pytest.approx(float(found), abs=1e-4)
             assert low <= value + 1e-4 and value - 1e-4 <= high, (row["arm"], m)
+    shares = {row["arm"]: row["grades"] for row in report["table"] if row["variant"] == "ID"}
+    assert shares["rl"]["retries"] == {"correct": 100} and shares["rl"]["repeated"] == 0
+    first = float(ratio(played["ID", "rl"], "first"))
+    assert shares["rl"]["first"] == pytest.approx({"correct": first, "wrong": 100 - first})
+    assert shares["sft"]["retries"] == {"wrong": 100} and shares["sft"]["repeated"] == 100
+    assert shares["expert"] == {"first": {"correct": 100}, "retries": {}, "repeated": 0}
     for row in report["differences"]:
         for m, (value, low, high) in row["metrics"].items():
             assert value == pytest.approx(

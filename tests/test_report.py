@@ -34,6 +34,11 @@ def evaluation(**changes):
                         "n": 40,
                         "metrics": metrics,
                         "per_seed": {"solved": [value - 5, value + 4], "recognized": [None, 1]},
+                        "grades": {
+                            "first": {"correct": value - 10, "wrong_value": 110 - value},
+                            "retries": {"illegal": 75, "correct": 25},
+                            "repeated": 33.3,
+                        },
                     }
                 )
         table.append(
@@ -144,6 +149,14 @@ def test_seeds_by_hand(show):
     block = printed[printed.index("recognition by seed") :].splitlines()
     assert block[1].split() == "all ID Init 70.0 1.0 - 1.0".split()
     assert "by seed" not in show(seeds=[1])
+
+
+def test_grades_by_hand(show):
+    printed = show()
+    block = printed[printed.index("all: grades of the answers, T = 0.2") :].splitlines()
+    assert block[1].split() == "answers, % correct wrong_value illegal repeated".split()
+    assert block[2].split() == "first attempts ID Init 50.0 50.0 0.0".split()
+    assert block[8].split() == "retries ID Init 25.0 0.0 75.0 33.3".split()
 
 
 def test_what_never_occurred_is_a_dash(show):
@@ -372,6 +385,12 @@ def test_seeds_block_by_hand(block):
     assert lines[0] == "| % or points | all together | mean of seeds | seeds 1, 2 |"
     assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |"
     assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |"
+
+
+def test_grades_block_by_hand(block):
+    lines = block("grades\nsource: x.json\nsplit: all\n")
+    assert lines[0] == "| answers, % |  |  | correct | wrong_value | illegal | repeated |"
+    assert lines[-1] == "| retries | rule OOD | rl | 25.0 | 0.0 | 75.0 | 33.3 |"
 
 
 def test_grid_block_by_hand(block):
