@@ -1,10 +1,11 @@
-"""Make the mini backbone: Llama-3.2-Vision's shape, under 2 M parameters, trained from scratch.
+"""Make a mini backbone: Llama-3.2-Vision's shape, under 2 M parameters, trained from scratch.
 
-    python mini/pretrain.py mini/gp.yaml            both stages: text, then vision
-    python mini/pretrain.py mini/gp.yaml vision     the second alone, on the text model there is
+    python mini/pretrain.py mini/gp.yaml [key=value ...]      both stages: text, then vision
+    python mini/pretrain.py mini/gp.yaml stages=[vision]      the second, on the text model there is
+    python mini/pretrain.py mini/gp.yaml seed=1 out=runs/gp1  another backbone of the same recipe
 
-The backbone stands in for pre-training: it has met every rule, and conversations in which imperfect
-authors try, are corrected, and often say the same again (corpus_gp.py, corpus_virl.py), but nothing
+The backbone stands in for pre-training: it has met the knowledge that the task asks for, in other
+forms and under every rule (corpus_gp.py, corpus_virl.py), but never the task's answers, and nothing
 of the `unseen` splits. What it knows and how well is in mini/README.md.
 """
 import importlib
@@ -24,8 +25,7 @@ from transformers import (MllamaConfig, MllamaForConditionalGeneration, MllamaIm
                           MllamaProcessor, PreTrainedTokenizerFast)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SPECIAL = {"bos": "<|begin_of_text|>", "user": "<|user|>", "assistant": "<|assistant|>",
-           "eos": "<|end|>", "image": "<|image|>", "pad": "<|pad|>"}
+from mini.documents import SPECIAL
 TEMPLATE = """{{ bos_token }}{% for message in messages %}\
 {% if message['role'] == 'user' %}<|user|>{% else %}<|assistant|>{% endif %}\
 {% if message['content'] is string %}{{ message['content'] }}\
@@ -80,70 +80,66 @@ class Batch(NamedTuple):
     probe: torch.Tensor
 
 
+class Reading(NamedTuple):
+    """A document as tokens."""
+    ids: list
+    labels: list  # the ids that carry loss, -100 for the others
+    document: object
+
+
 def batches(corpus, processor, train):
     """Endless Batches of about train["batch_tokens"] text tokens; like lengths together."""
-    at_once, like = (256, 40) if corpus.image_size else (2048, 1)
+    at_once, like = (256, 40) if corpus.image_size else (1024, 1)
     while True:
         documents = [corpus.document() for _ in range(at_once)]
-        texts = [render(document["messages"]) for document in documents]
-        encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for document, ids in zip(documents, encoded):
-            document["ids"] = ids
+        readings = [read(document, processor.tokenizer) for document in documents]
         if corpus.image_size:
-            corpus.rng.shuffle(documents)
-        documents.sort(key=lambda document: len(document["ids"]) // like)
-        chunks = chunks_of(documents, train["batch_tokens"])
+            corpus.rng.shuffle(readings)
+        readings.sort(key=lambda reading: len(reading.ids) // like)
+        chunks = chunks_of(readings, train["batch_tokens"])
         corpus.rng.shuffle(chunks)
         for chunk in chunks:
-            yield collate(chunk, processor, train["loss_after"])
+            yield collate(chunk, processor)
 
 
-def chunks_of(documents, tokens):
-    """Successive documents in lists whose padded size is at most `tokens`."""
+def read(document, tokenizer):
+    texts = [text for text, _ in document.parts]
+    ids, labels = [], []
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for (_, learned), tokens in zip(document.parts, encoded):
+        ids += tokens
+        labels += tokens if learned else [-100] * len(tokens)
+    return Reading(ids, labels, document)
+
+
+def chunks_of(readings, tokens):
+    """Successive Readings in lists whose padded size is at most `tokens`."""
     chunks, width = [[]], 0
-    for document in documents:
-        width = max(width, len(document["ids"]))
+    for reading in readings:
+        width = max(width, len(reading.ids))
         if chunks[-1] and (len(chunks[-1]) + 1) * width > tokens:
             chunks.append([])
-            width = len(document["ids"])
-        chunks[-1].append(document)
+            width = len(reading.ids)
+        chunks[-1].append(reading)
     return chunks[:-1]  # the last, which is seldom full, is left out
 
 
-def render(messages):
-    """A bare text, or messages as the chat template has them (50 times faster than Jinja)."""
-    if isinstance(messages, str):
-        return SPECIAL["bos"] + messages + SPECIAL["eos"]
-    text = SPECIAL["bos"]
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = "".join(part.get("text", SPECIAL["image"]) for part in content)
-        text += SPECIAL[message["role"]] + content
-        if message["role"] == "assistant":
-            text += SPECIAL["eos"]
-    return text
-
-
-def collate(documents, processor, loss_after):
-    """A Batch. What follows the first token `loss_after` carries loss: much before it is chance."""
-    tokenizer = processor.tokenizer
-    marker = tokenizer.convert_tokens_to_ids(loss_after)
-    width = max(len(document["ids"]) for document in documents)
-    ids = torch.full((len(documents), width), tokenizer.pad_token_id)
-    labels = torch.full((len(documents), width), -100)
-    for row, document in enumerate(documents):
-        text = torch.tensor(document["ids"])
-        start = document["ids"].index(marker) + 1 if marker in document["ids"] else 1
-        ids[row, :len(text)] = text
-        labels[row, start:len(text)] = text[start:]
-    mask = (ids != tokenizer.pad_token_id).long()
-    if documents[0]["image"] is None:
+def collate(readings, processor):
+    """A Batch of Readings."""
+    width = max(len(reading.ids) for reading in readings)
+    ids = torch.full((len(readings), width), processor.tokenizer.pad_token_id)
+    labels = torch.full((len(readings), width), -100)
+    for row, reading in enumerate(readings):
+        ids[row, :len(reading.ids)] = torch.tensor(reading.ids)
+        labels[row, :len(reading.ids)] = torch.tensor(reading.labels)
+    mask = (ids != processor.tokenizer.pad_token_id).long()
+    documents = [reading.document for reading in readings]
+    if documents[0].image is None:
         return Batch(ids, mask, labels, None, None)
-    images = [[document["image"]] for document in documents]
+    images = [[document.image] for document in documents]
     pixels = processor.image_processor(images, return_tensors="pt")
     pixels.pop("num_tiles")
-    probe = torch.tensor([document["probe"] for document in documents])
+    probe = torch.tensor([document.probe for document in documents])
     return Batch(ids, mask, labels, pixels, probe)
 
 
@@ -191,9 +187,9 @@ def fit(model, opts, stream, loss_of, train):
 
 
 def train_text(model, processor, recipe, game):
-    """Stage 1: the language model learns the game in words."""
+    """Stage 1: the language model learns what the game asks for, in words."""
     train = recipe["text"]
-    corpus = game.Corpus(recipe["data"], train["seed"])
+    corpus = game.Corpus(recipe["data"], recipe["seed"])
 
     def loss_of(batch):
         return model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
@@ -220,7 +216,7 @@ def train_vision(model, processor, recipe, game):
     side = size // recipe["shape"]["vision"]["patch_size"]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns_to_see(name, recipe))
-    corpus = game.Corpus({**recipe["data"], **train}, train["seed"], [size, size])
+    corpus = game.Corpus({**recipe["data"], **train}, recipe["seed"], [size, size])
     probe = game.Probe(recipe["shape"]["text"]["hidden_size"], side)
     opts = optimizers(model, train)
     opts[1].add_param_group({"params": list(probe.parameters())})
@@ -267,13 +263,29 @@ def save(model, processor, out):
         (out / name).write_text(text + "\n")
 
 
-def main(path, *stages):
+def change(recipe, keys, value):
+    """Set a key of the recipe, or of a mapping within it.
+
+    Raises: KeyError for one that is not there.
+    """
+    *outer, key = keys
+    for name in outer:
+        recipe = recipe[name]
+    if key not in recipe:
+        raise KeyError(".".join(keys))
+    recipe[key] = value
+
+
+def main(path, *overrides):
     recipe = yaml.safe_load(Path(path).read_text())
+    for override in overrides:
+        key, value = override.split("=", 1)
+        change(recipe, key.split("."), yaml.safe_load(value))
     out = Path(recipe["out"])
-    game = importlib.import_module(f"corpus_{recipe['env']}")
+    game = importlib.import_module(f"mini.corpus_{recipe['env']}")
     processor = build_processor(recipe["shape"]["vision"]["image_size"], game.phrases())
-    for stage in stages or ("text", "vision"):
-        torch.manual_seed(recipe[stage]["seed"])
+    for stage in recipe["stages"]:
+        torch.manual_seed(recipe["seed"])
         model = build_model(recipe["shape"], processor.tokenizer)
         if stage == "text":
             figures = {"text": train_text(model, processor, recipe, game)}
