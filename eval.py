@@ -42,7 +42,7 @@ from lib.arms import Comparison, seed_of, seen_notes, trained_with
 from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
 from lib.progress import announce, progress_bar
-from lib.results import Point, Report, temperature_name
+from lib.results import Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic, writing, written_whole
 from lib.settings import (
     MAY_CHANGE, ROOT, UserError, load, run_main, with_defaults, within_memory)
@@ -150,7 +150,7 @@ class Place(NamedTuple):
     split: str
     variant: str  # of the environment
     arm: str  # or a reference policy
-    temperature: float | None  # None: a reference policy, which samples nothing
+    temperature: float | Nucleus | None  # None: a reference policy, which samples nothing
 
 
 def summarize(cells):
@@ -286,8 +286,8 @@ class Scene(NamedTuple):
 class Evaluation:
     """The runs of one or several seeds, what is played in each, and how far that is.
 
-    Attributes: seeds: those of the runs, each once; scenes: {(split, variant): Scene}; places: of
-        the table, in its order.
+    Attributes: seeds: those of the runs, each once; temperatures: numbers and Nucleus; scenes:
+        {(split, variant): Scene}; places: of the table, in its order.
     Raises: UserError if a run has no arms, or eval.save_merged names one that not all runs have.
     """
 
@@ -306,6 +306,10 @@ class Evaluation:
         self.runs = []
         for folder, seed in zip(folders, seeds):
             self.runs.append(EvaluatedRun(folder, cfg, loader, seed))
+        self.temperatures = []
+        for sampling in e.temperatures:
+            truncated = isinstance(sampling, dict)
+            self.temperatures.append(Nucleus(**sampling) if truncated else sampling)
         self.scenes, self.places = {}, []
         self.reports = None  # those that the environments of all variants have
         for split, variant in product(e.splits, e.variants):
@@ -323,7 +327,7 @@ class Evaluation:
         if (played, variant) in self.scenes:
             return
         self.scenes[played, variant] = Scene(env_settings, self.e.splits[split])
-        arms = product(self.shown, self.e.temperatures)
+        arms = product(self.shown, self.temperatures)
         for player in [*arms, *product(env.references, [None])]:
             self.places.append(Place(played, variant, *player))
         names = [name for name, *_ in env.reports]
@@ -348,7 +352,7 @@ class Evaluation:
     def leading_place(self, arm, variant):
         """Of an arm at the first split and temperature."""
         split = next(split for split, other in self.scenes if other == variant)
-        return Place(split, variant, arm, self.e.temperatures[0])
+        return Place(split, variant, arm, self.temperatures[0])
 
     def table(self):
         """{Place: episodes of all runs}."""
@@ -360,14 +364,14 @@ class Evaluation:
         return cells
 
     def curve(self, variant):
-        """{Init or training: its Checkpoints in order}; those of PPO begin with its Init."""
+        """{Init or training: its Checkpoints in order, with the Init that it began from}."""
         curve = {}
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
             curve[name] = [self.checkpoint(place, paths) for paths in points]
-        for arm in self.comparison.ppo:
-            if arm.starts and curve:
-                curve[arm.name] = curve[arm.starts[0].name] + curve[arm.name]
+        for name, init in self.comparison.starts_elsewhere().items():
+            if curve:
+                curve[name] = curve[init] + curve[name]
         return curve
 
     def checkpoint(self, place, paths):
@@ -457,7 +461,7 @@ def main(arguments):
         **provenance(),
         "reports": [report._asdict() for report in evaluation.reports],
         "splits": splits, "variants": e.variants,
-        "temperatures": e.temperatures, "curve_n": e.curve_n,
+        "temperatures": evaluation.temperatures, "curve_n": e.curve_n,
         "gflops": gflops, "notes": notes,
         "table": summarize(cells),
         "differences": differences(cells, evaluation.comparison.pairs()),

@@ -25,7 +25,7 @@ from functools import partial
 
 # ours first: lib sets up the libraries before they start
 from lib.batching import micro_batches
-from lib.decoding import Decoding, join
+from lib.decoding import Decoding, join, truncated
 from lib.families import text_only
 from lib.images import ImageFeatures
 from lib.loading import load_base
@@ -33,6 +33,7 @@ from lib.lora import add_lora, learn_densely, lora_layers, merged_weights
 from lib.padding import answer_tokens, pad_left, pad_right
 from lib.prompts import PromptEncoder
 from lib.random_weights import FilledPromptEncoder
+from lib.results import Nucleus
 from lib.settings import UserError
 from lib.weights import load_weights, save_merged, save_weights
 
@@ -186,7 +187,8 @@ class Policy:
 
         Args:
             prompts: list of N Sequences; a batch has at most model.sample_tokens padded tokens.
-            temperature: 0 = greedy. generator: torch.Generator on the policy's device.
+            temperature: 0 = greedy; a Nucleus (lib/results.py) truncates, as for evaluation alone.
+            generator: torch.Generator on the policy's device.
         Returns: list of N Answers. One that reaches max_new_tokens has no end-of-turn token.
         """
         limit = max_new_tokens or self.max_new_tokens
@@ -233,6 +235,8 @@ class Policy:
         if (largest.isnan() | largest.isinf()).any():  # on a GPU, multinomial would end the process
             raise UserError("the policy has no finite logits to sample from; if it was trained, "
                             "lower sft.lr or ppo.lr (the last checkpoint is intact)")
+        if isinstance(temperature, Nucleus):
+            logits, temperature = truncated(logits / temperature.T, temperature.top_p), 1.0
         if temperature:
             probabilities = torch.softmax(logits / temperature, -1)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

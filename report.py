@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import yaml
 
-from lib.results import Estimate, Point, Report, temperature_name
+from lib.results import Estimate, Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 
@@ -71,6 +71,7 @@ def read(path):
         raise UserError(f"cannot read {path}: run eval.py first") from None
     if "reports" not in stored:
         raise UserError(f"{path} is of an older version: run eval.py again")
+    stored["temperatures"] = [as_temperature(one) for one in stored["temperatures"]]
     for arms in stored["curves"].values():
         for arm, points in arms.items():
             arms[arm] = [Point(*numbers) for numbers in points]
@@ -81,10 +82,16 @@ def as_class(stored):
     """A JSON object: a Report, or what it was, the metrics of a row as Estimates."""
     if "title" in stored:
         return Report(**stored)
+    if "temperature" in stored:
+        stored["temperature"] = as_temperature(stored["temperature"])
     for name, numbers in stored.get("metrics", {}).items():
         stored["metrics"][name] = Estimate(*numbers)
         stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
     return stored
+
+
+def as_temperature(stored):
+    return Nucleus(*stored) if isinstance(stored, list) else stored
 
 
 # ---------------------------------------------------------------- tables on screen

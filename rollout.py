@@ -384,7 +384,7 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
 
     Args:
         settings, verify_iters, changes: as of make_env.
-        batch_size: environments side by side. temperature: 0 = greedy.
+        batch_size: environments side by side. temperature: as of Policy.sample.
         progress: a tqdm bar of episodes, or None.
     Returns: n records {seed, cluster, counts and grades: see there, turns: list of Turns}, ordered
         by seed.

@@ -136,6 +136,16 @@ class Comparison:
                 found.append((later, earlier))
         return [(arm.name, base.name) for arm, base in found]
 
+    def starts_elsewhere(self):
+        """{training: name of the Init that it began from}, where that is none of its own steps."""
+        found = {arm.name: arm.starts[0].name for arm in self.ppo if arm.starts}
+        names = {init.checkpoints: init.name for init in self.inits}
+        for training in self.trainings:
+            start = own_start(training) if training.name in self._sft else None
+            if start in names and start[0].parent != training.folder:
+                found[training.name] = names[start]
+        return found
+
     # ------------------------------------------------------------ the arms
     def _add_ppo(self, training, sft):
         """PPO, where it began, and the SFT that went on from there (else the plain one)."""

@@ -3,7 +3,8 @@
     reports                    what the environment wants shown: {name, title, metrics} each
     splits, variants           episodes per run and split (or what is played whatever the split);
                                changes of the environment per variant
-    temperatures, curve_n      sampled at; episodes per run and point of a curve
+    temperatures, curve_n      sampled at, [T, top_p] where truncated; episodes per run and point of
+                               a curve
     gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
     notes                      lines that the table must not be read without: compute that is not
                                equal, arms that were trained on what is played
@@ -60,5 +61,13 @@ class Point(NamedTuple):
     per_seed: list = ()  # (metric, recognition) of each
 
 
+class Nucleus(NamedTuple):
+    """In place of a temperature: at T, of the fewest likeliest tokens that have top_p together."""
+    T: float
+    top_p: float
+
+
 def temperature_name(temperature):
+    if isinstance(temperature, Nucleus):
+        return f"T = {temperature.T:g}, top-p {temperature.top_p:g}"
     return f"T = {temperature:g}" if temperature else "greedy"

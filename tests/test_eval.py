@@ -18,10 +18,14 @@ from conftest import CONFIG
 import eval as evaluation
 import rollout
 import sft
+import report
 from lib import bootstrap, cells
 from lib.arms import Comparison, seen_notes
 from lib.checks import choice, optional, text, whole
+from lib.decoding import truncated
+from lib.results import Nucleus
 from lib.settings import UserError
+from policy import Policy
 from rollout import Play, counts, evaluate, grades, make_env, play_reference
 
 
@@ -116,7 +120,8 @@ class Walker:
 
     def load(self, checkpoint, value_head):
         self.loaded = checkpoint
-        self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
+        kind = checkpoint.parent.name.split("-")[0]
+        self.skill = "Init" if checkpoint.name == "step_1" else kind
 
     def inference(self):
         return contextlib.nullcontext()
@@ -448,6 +453,19 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
     assert set(row["metrics"]) <= {"equal ID"}  # PPO spent 400, SFT 300
 
 
+def test_curve_of_sft_that_began_elsewhere_has_its_init(main):
+    run, folder = main
+    (folder / "sft-sft.lr=1/step_3").mkdir(parents=True)
+    settings = yaml.safe_load((folder / "sft/config.yaml").read_text())
+    settings["sft"]["init"] = "sft/step_1"
+    (folder / "sft-sft.lr=1/config.yaml").write_text(yaml.safe_dump(settings))
+    run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=2")
+    found = saved(folder)["curves"]["ID"]
+    assert [point[0] for point in found["sft-sft.lr=1"]] == [100, 300]
+    assert [point[0] for point in found["sft"]] == [100, 300]
+    assert {row["base"] for row in saved(folder)["frontier"]} == {"sft", "sft-sft.lr=1"}
+
+
 def test_curve_has_as_many_points_as_asked_for(main):
     run, folder = main
     for step in (2, 3, 5, 7, 9):
@@ -754,6 +772,49 @@ def test_what_never_occurs_is_left_out(main, toy):
     )
     text = (folder / "evaluation.json").read_text()
     assert '"first_turn": [' not in text and "NaN" not in text
+
+
+# ---------------------------------------------------------------- truncation
+PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]])
+
+
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.45, [2]), (0.79, [0, 2]), (0.81, [0, 2, 3]), (0.96, [0, 1, 2, 3])]
+)
+def test_nucleus_is_the_fewest_likeliest_that_reach_top_p(top_p, kept):
+    left = truncated(PROBABILITIES.log(), top_p)
+    assert left.isfinite().nonzero()[:, 1].tolist() == kept
+    assert left[0, kept].tolist() == PROBABILITIES.log()[0, kept].tolist()
+
+
+def test_truncated_answers_are_sampled_from_the_nucleus_at_its_temperature():
+    """At T = 0.5 logits are halved log-probs; of 0.3, 0.05, 0.5 and 0.15 all but 0.05 stay."""
+    logits = (0.5 * PROBABILITIES.log()).expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    tokens, logprobs = Policy._choose(None, logits, Nucleus(0.5, 0.9), generator)
+    share = tokens.bincount(minlength=4) / 4000
+    wanted = torch.tensor([0.3, 0, 0.5, 0.15]) / 0.95
+    assert share[1] == 0 and share.tolist() == pytest.approx(wanted.tolist(), abs=0.03)
+    assert logprobs.tolist() == pytest.approx(wanted[tokens].log().tolist(), abs=1e-5)
+
+
+def test_temperatures_with_truncation_are_played_kept_and_shown(main, monkeypatch, capsys):
+    run, folder = main
+    sampled = []
+    sample = Walker.sample
+    monkeypatch.setattr(
+        Walker, "sample", lambda self, p, t, g: sampled.append(t) or sample(self, p, t, g)
+    )
+    asked = ("eval.temperatures=[0.2, {T: 0.6, top_p: 0.9}]", "eval.splits={all: 2}",
+             "eval.curve_n=0")
+    run(*asked)
+    assert set(sampled) == {0.2, Nucleus(0.6, 0.9)}
+    sampled.clear()
+    run(*asked)
+    assert not sampled
+    capsys.readouterr()
+    report.main([str(folder)])
+    assert capsys.readouterr().out.count("T = 0.6, top-p 0.9") == 6  # tables and differences
 
 
 # ---------------------------------------------------------------- intervals
