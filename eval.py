@@ -23,6 +23,7 @@ lib/results.py) and, for the arms in eval.save_merged, ARM/merged: a model folde
 """
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -38,7 +39,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib.arms import Comparison, seed_of, seen_notes, trained_with
+from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
 from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
 from lib.progress import announce, progress_bar
@@ -295,6 +296,7 @@ class Evaluation:
         e = self.e = cfg.eval
         folders = [Path(folder) for folder in e.runs or [cfg.run.dir]]
         self.gflops = cache(lambda checkpoint: load_state(checkpoint)["gflops"])
+        self.official = cache(lambda checkpoint: load_state(checkpoint)["official_gflops"])
         self.comparison = Comparison(folders, cfg.ppo.init, self.gflops)
         self.shown = {arm.name: arm.checkpoints for arm in self.comparison.arms}
         for name in e.save_merged:
@@ -446,13 +448,17 @@ def main(arguments):
     announce("eval.py", cfg, f"plays the arms of {folders} -> {out}/evaluation.json")
     evaluation = Evaluation(cfg)
     cells = evaluation.table()
-    gflops = {}
-    for arm in evaluation.comparison.arms:
-        gflops[arm.name] = evaluation.comparison.mean_gflops(arm.checkpoints)
+    comparison = evaluation.comparison
+    gflops, official = {}, {}
+    for arm in comparison.arms:
+        gflops[arm.name] = comparison.mean_gflops(arm.checkpoints)
+        counted = sum(map(evaluation.official, arm.checkpoints)) / len(arm.checkpoints)
+        official[arm.name] = None if math.isnan(counted) else counted
     splits = {split: scene.n for (split, _), scene in evaluation.scenes.items()}
     curves = {variant: evaluation.curve(variant) for variant in e.variants}
     points = evaluation.points(curves)
-    notes = evaluation.comparison.notes + seen_notes(evaluation.comparison.arms, splits)
+    notes = comparison.notes + official_notes(comparison, official)
+    notes += seen_notes(comparison.arms, splits)
     if len(evaluation.seeds) == 1:
         notes.append(ONE_SEED)
     result = {
@@ -462,9 +468,9 @@ def main(arguments):
         "reports": [report._asdict() for report in evaluation.reports],
         "splits": splits, "variants": e.variants,
         "temperatures": evaluation.temperatures, "curve_n": e.curve_n,
-        "gflops": gflops, "notes": notes,
+        "gflops": gflops, "official_gflops": official, "notes": notes,
         "table": summarize(cells),
-        "differences": differences(cells, evaluation.comparison.pairs()),
+        "differences": differences(cells, comparison.pairs()),
         "curves": points,
         "frontier": evaluation.frontier(curves) if e.curve_n else [],
     }

@@ -108,6 +108,7 @@ class Policy:
     Attributes:
         trainable: {name: parameter} of what learns, the value head apart.
         tokens: processed so far, by PHASES; images are counted in patches.
+        beyond: tokens that the official code would count in addition (`official_flops`).
         exact: sampling and scoring agree to rounding; in 16 bits they do not (see rl.py).
     Raises: UserError for a model that cannot be loaded or a device that is not there.
     """
@@ -129,6 +130,7 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32
         self.tokens = dict.fromkeys(PHASES, 0)
+        self.beyond = {"train": 0, "inference": 0}
         if self.exact and self.merge_for_sampling:  # there is room for dense weights
             learn_densely(lora_layers(self.net))
         if self.checkpointing:
@@ -250,6 +252,7 @@ class Policy:
         while the cache of all grows. Returns: last hidden states (N, C), Decoding."""
         features = self._features([p.image for p in prompts])
         self.tokens["inference"] += sum(len(p.ids) for p in prompts)
+        self._count_beyond("inference", prompts, features)
         rows = self._rows_at_once(prompts)
         states, parts = [], []
         for start in range(0, len(prompts), rows):
@@ -335,6 +338,7 @@ class Policy:
             self.net.train()
         try:
             features = self._features([s.image for s in sequences])
+            self._count_beyond("train" if learning else "inference", sequences, features)
             inputs = self._text_inputs(ids, mask, features)
             out = self.family.text_model(attention_mask=mask, use_cache=False, **inputs.prompt)
         finally:
@@ -386,6 +390,15 @@ class Policy:
         self.tokens["train_patches" if learning else "inference_patches"] += patches
         return features
 
+    def _count_beyond(self, phase, sequences, features):
+        """Count what the official code would beyond `tokens`: every prefix of a conversation up to
+        the end of an answer anew, and an image that is one token in each of them by its patches."""
+        for sequence, image in zip(sequences, features):
+            ends = [end for _, end in sequence.spans] or [len(sequence.ids)]
+            self.beyond[phase] += sum(ends) - len(sequence.ids)
+            if sequence.ids.count(self.family.image_token) == 1:
+                self.beyond[phase] += len(ends) * (self.family.count_patches(image) - 1)
+
     def _autocast(self):
         """A 16-bit base computes LoRA in its own dtype, whose weights and gradients are fp32."""
         return torch.autocast(self.device.type, self.base.dtype, enabled=not self.exact)
@@ -400,6 +413,13 @@ class Policy:
         tokens = 6 * self.tokens["train"] + 2 * self.tokens["inference"]
         patches = 6 * self.tokens["train_patches"] + 2 * self.tokens["inference_patches"]
         return self.parameters * tokens + self.parameters_vision * patches
+
+    def official_flops(self):
+        """As the official code counts: all tokens, visual ones too, at the whole model's N, and
+        every prefix of a conversation anew. NaN for a run that began before this was counted."""
+        train = self.tokens["train"] + self.beyond["train"]
+        inference = self.tokens["inference"] + self.beyond["inference"]
+        return self.parameters * (6 * train + 2 * inference)
 
     def snapshot(self):
         """A copy of the trainable weights: the start that a KL penalty refers to."""

@@ -75,7 +75,8 @@ def read(path):
     for arms in stored["curves"].values():
         for arm, points in arms.items():
             arms[arm] = [Point(*numbers) for numbers in points]
-    return SimpleNamespace(**{"transcripts": [], "notes": [], "frontier": [], **stored})
+    older = {"transcripts": [], "notes": [], "frontier": [], "official_gflops": {}}
+    return SimpleNamespace(**{**older, **stored})
 
 
 def as_class(stored):
@@ -120,6 +121,7 @@ def table_lines(results):
     """The table, a block per split and report: of every variant the arms, then the references."""
     variant_width = max(map(len, results.variants)) + 2
     arm_width = max(len(row["arm"]) for row in results.table) + 2
+    official = "  as official" if any(results.official_gflops.values()) else ""
     lines = []
     for split, report in product(results.splits, results.reports):
         found = [row for row in results.table if row["split"] == split]
@@ -128,15 +130,16 @@ def table_lines(results):
         for temperature in results.temperatures:
             head += f"{temperature_name(temperature):^{cell_width}}"
         title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
-        lines += ["", title, head + "   model GFLOPs"]
+        lines += ["", title, f"{head}   model GFLOPs{official}"]
         before = None
         for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
             shown = "" if variant == before else variant
             line = f"{shown:{variant_width}}{arm:{arm_width}}"
             for row in by_temperature.values():
                 line += f"{cell_text(row, report.metrics):>{cell_width}}"
-            if arm in results.gflops:
-                line += f"{results.gflops[arm]:13,.0f}"
+            for counted in (results.gflops, results.official_gflops):
+                if counted.get(arm) is not None:
+                    line += f"{counted[arm]:13,.0f}"
             lines.append(line.rstrip())
             before = variant
     return lines
@@ -470,6 +473,9 @@ def table_block(fields, folder):
         body.append(cells)
     compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
+    if any(results.official_gflops.values()):
+        official = [f"{results.official_gflops[arm]:,.0f}" for arm in NAMES]
+        body.append(["GFLOPs as the official code counts", *official, "", "", ""])
     notes = [f"\nNote: {note}." for note in results.notes]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
 

@@ -238,6 +238,27 @@ class Comparison:
             f"({budget:,.0f})")
 
 
+def official_notes(comparison, official):
+    """Whether PPO and SFT have spent equal compute as the official code counts it.
+
+    Args: official: {arm: GFLOPs so counted, None if not known}.
+    """
+    notes = []
+    for arm in comparison.ppo:
+        sft = arm.partner
+        if sft is None or official[sft.name] is None or official[arm.name] is None:
+            continue
+        spent, budget = official[sft.name], official[arm.name]
+        share = spent / budget - 1
+        more = "more" if share > 0 else "less"
+        verdict = f"{100 * abs(share):.0f} % {more}, so not equal"
+        if abs(share) <= EQUAL_COMPUTE:
+            verdict = "equal, too"
+        notes.append(f"counted as the official code does, {sft.name} has spent {spent:,.0f} GFLOPs "
+                     f"and {arm.name} {budget:,.0f}: {verdict}")
+    return notes
+
+
 def own_start(training):
     """Where an SFT training began, by its sft.init: the checkpoints there, or its own ones at
     sft.init_step."""

@@ -5,7 +5,8 @@
                                changes of the environment per variant
     temperatures, curve_n      sampled at, [T, top_p] where truncated; episodes per run and point of
                                a curve
-    gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
+    gflops, official_gflops    {arm: model GFLOPs of its checkpoint in the table, mean over runs},
+                               counted our way and as the official code does (null: not known)
     notes                      lines that the table must not be read without: compute that is not
                                equal, arms that were trained on what is played
     table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate},

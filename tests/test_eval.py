@@ -21,6 +21,7 @@ import sft
 import report
 from lib import bootstrap, cells
 from lib.arms import Comparison, seen_notes
+from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
 from lib.decoding import truncated
 from lib.results import Nucleus
@@ -356,6 +357,13 @@ def test_training_begins_spread_along_the_walks(toy):
 
 
 # ---------------------------------------------------------------- the table
+def spent(checkpoint):
+    """100 GFLOPs a step, which the official code counts as 300 of SFT, and as 400 of PPO."""
+    step = int(checkpoint.name[-1])
+    official = (400 if checkpoint.parent.name == "rl" else 300) * step
+    return {"gflops": 100 * step, "official_gflops": official}
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """eval.main over three arms of Walkers: a function of the overrides, and the run directory."""
@@ -376,7 +384,7 @@ def main(tmp_path, monkeypatch):
         (folder / name).with_name("config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(evaluation, "Policy", Walker)
-    monkeypatch.setattr(evaluation, "load_state", lambda path: {"gflops": 100 * int(path.name[-1])})
+    monkeypatch.setattr(evaluation, "load_state", spent)
     return lambda *overrides: evaluation.main([str(tmp_path / "toy.yaml"), *overrides]), folder
 
 
@@ -427,6 +435,8 @@ def test_table_of_an_environment_with_many_positions(main, toy):
             )
             assert low - 1e-4 <= value <= high + 1e-4
     assert report["gflops"] == {"Init": 100, "sft": 300, "rl": 400}
+    assert report["official_gflops"] == {"Init": 300, "sft": 900, "rl": 1600}
+    assert "sft has spent 900 GFLOPs and rl 1,600: 44 % less, so not equal" in report["notes"][1]
     assert [r["name"] for r in report["reports"]] == ["per-step accuracy", "turns", "success"]
     assert all(report["reports"][i]["metrics"] == list(Corridor().reports[i][2]) for i in range(3))
 
@@ -630,7 +640,7 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
         shown = {(row["split"], row["variant"]) for row in rows}
         assert shown == {("all", "ID"), ("the plan", "given"), ("unseen", "ID")}
     assert set(found["curves"]) == {"ID", "given"}
-    assert found["notes"][:-1] == [
+    assert found["notes"][:-2] == [
         "not at equal compute: sft/step_3 has 300 model GFLOPs, 25.0 % less than rl/step_4 (400)"
     ]
 
@@ -772,6 +782,34 @@ def test_what_never_occurs_is_left_out(main, toy):
     )
     text = (folder / "evaluation.json").read_text()
     assert '"first_turn": [' not in text and "NaN" not in text
+
+
+# ---------------------------------------------------------------- compute, counted officially
+@pytest.mark.parametrize(
+    "ids, spans, patches, beyond",
+    [
+        ([0] * 4, [], None, 0),  # a prompt
+        ([0] * 10, [(3, 10)], None, 0),  # one answer
+        ([0] * 10, [(3, 5), (8, 10)], None, 5),  # its first 5 tokens are read twice
+        ([9] + [0] * 3, [], 1601, 1600),  # 6 (len + 1600) for an image of one tile
+        ([9] + [0] * 9, [(3, 5), (8, 10)], 1601, 5 + 2 * 1600),
+        ([9] * 4, [], 16, 0),  # Qwen's image tokens are in the prompt already
+    ],
+)
+def test_what_the_official_code_counts_beyond_ours(ids, spans, patches, beyond):
+    family = SimpleNamespace(image_token=9, count_patches=lambda features: features)
+    policy = SimpleNamespace(family=family, beyond={"train": 0, "inference": 0})
+    Policy._count_beyond(policy, "train", 2 * [Sequence(ids, spans)], 2 * [patches])
+    assert policy.beyond == {"train": 2 * beyond, "inference": 0}
+
+
+def test_official_compute_of_an_older_run_is_not_known(main, monkeypatch):
+    run, folder = main
+    older = {"official_gflops": math.nan}
+    monkeypatch.setattr(evaluation, "load_state", lambda path: {**spent(path), **older})
+    run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=0")
+    assert set(saved(folder)["official_gflops"].values()) == {None}
+    assert not any("official" in note for note in saved(folder)["notes"])
 
 
 # ---------------------------------------------------------------- truncation
