@@ -85,14 +85,16 @@ def gap_along(x_of=None):
 
 def curve_at(x, y, at):
     """(R,) y of curves (R, k) where they first come to x = at (R, 1), NaN where they never do."""
-    before, after = x[:, :-1] - at, x[:, 1:] - at  # (R, k - 1)
-    comes = before * after <= 0
+    ahead = x - at  # (R, k)
+    comes = ahead[:, :-1] * ahead[:, 1:] <= 0  # (R, k - 1) between a point and the next
     first = comes.int().argmax(1, keepdim=True)
-    before, after = before.gather(1, first), after.gather(1, first)
-    way = (before / (before - after)).nan_to_num(0)  # 0 / 0: both ends are there
-    start, end = y[:, :-1].gather(1, first), y[:, 1:].gather(1, first)
+    before, after = ahead.gather(1, first), ahead.gather(1, first + 1)
+    way = before / (before - after)
+    way = way.nan_to_num(0)  # 0 / 0: both ends are there
+    start, end = y.gather(1, first), y.gather(1, first + 1)
     found = start + way * (end - start)  # (R, 1)
-    return found.where(comes.any(1, keepdim=True), torch.nan).squeeze(1)
+    known = comes.any(1, keepdim=True)
+    return found.where(known, torch.nan).squeeze(1)
 
 
 # ---------------------------------------------------------------- with its interval
@@ -111,16 +113,20 @@ def measure(counts, clusters, seeds, statistic):
             resamples do not count.
     Returns: Measured, in the unit of the statistic.
     """
-    by_cluster, by_seed = sums_by(clusters, counts), sums_by(seeds, counts)
-    pooled = statistic(ratios(by_seed, torch.ones(1, len(by_seed)))).item()
-    each = statistic(ratios(by_seed, torch.eye(len(by_seed)))).tolist()
+    by_cluster = sums_by(clusters, counts)
+    by_seed = sums_by(seeds, counts)
+    together = torch.ones(1, len(by_seed))
+    pooled = statistic(ratios(by_seed, together)).item()
+    alone = torch.eye(len(by_seed))
+    each = statistic(ratios(by_seed, alone)).tolist()
     per_seed = [None if math.isnan(one) else one for one in each]
     if math.isnan(pooled):
         return Measured(None, per_seed)
     over_clusters = _known(statistic(ratios(by_cluster, draws(len(by_cluster)))))
     known = len(by_seed) - per_seed.count(None)
     if known < 2:
-        low, high = over_clusters.quantile(over_clusters.new_tensor([0.025, 0.975])).tolist()
+        tails = over_clusters.new_tensor([0.025, 0.975])
+        low, high = over_clusters.quantile(tails).tolist()
         return Measured(Estimate(pooled, low, high), per_seed)
     over_seeds = _known(statistic(ratios(by_seed, draws(len(by_seed)))))
     of_seeds = over_seeds.var(correction=0).item() * known / (known - 1)
