@@ -169,29 +169,40 @@ def difference_lines(results):
     return lines
 
 
-def seed_lines(results):
-    """Leading metrics of the arms and of their differences: together, and of each seed."""
-    columns = f"all together, mean of seeds, seeds {', '.join(map(str, results.seeds))}"
-    temperature = results.temperatures[0]
-    rows = [row for row in results.table + results.differences if row["temperature"] == temperature]
-    places = [(row["split"], row["variant"], who(row)) for row in rows]
-    widths = [max(map(len, column)) + 2 for column in zip(*places)]
+def aligned(rows, left):
+    """Rows of texts as lines in columns: the first `left` flush left, the others flush right."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     lines = []
-    for report in results.reports:
-        title = f"{report.name} by seed, {temperature_name(temperature)}: {columns}"
-        lines += ["", title]
-        for row, place in zip(rows, places):
-            each = row["per_seed"].get(report.lead)
-            if each:
-                line = "".join(map(str.ljust, place, widths))
-                for number in (row["metrics"][report.lead].value, mean(each), *each):
-                    line += f"{'-':>8}" if number is None else f"{number:8.1f}"
-                lines.append(line)
+    for cells in rows:
+        line = "".join(map(str.ljust, cells[:left], widths))
+        line += "".join(map(str.rjust, cells[left:], widths[left:]))
+        lines.append(line.rstrip())
     return lines
 
 
+def seed_lines(results):
+    """Leading metrics of the arms and of their differences: together, and of each seed."""
+    temperature = results.temperatures[0]
+    seeds = [f"seed {seed}" for seed in results.seeds]
+    lines = []
+    for report in results.reports:
+        body = [["", "", "", "together", "mean of seeds", *seeds]]
+        for row in results.table + results.differences:
+            each = row["per_seed"].get(report.lead)
+            if each and row["temperature"] == temperature:
+                numbers = [row["metrics"][report.lead].value, mean(each), *each]
+                body.append([row["split"], row["variant"], who(row), *map(number_text, numbers)])
+        lines += ["", f"{report.name} by seed, {temperature_name(temperature)}"]
+        lines += aligned(body, left=3)
+    return lines
+
+
+def number_text(number):
+    return "-" if number is None else f"{number:.1f}"
+
+
 def grade_rows(results, split):
-    """How the arms' answers were graded at the first temperature: a head and rows of texts."""
+    """How the arms' answers were graded at the first temperature: rows of texts, a head first."""
     rows = []
     for row in results.table:
         if row["split"] == split and row["temperature"] == results.temperatures[0]:
@@ -199,13 +210,13 @@ def grade_rows(results, split):
     categories = {}  # in the order of appearance
     for kind, row in product(GRADES, rows):
         categories.update(row["grades"][kind])
-    body = []
+    body = [["answers, %", "", "", *categories, "repeated"]]
     for kind, row in product(GRADES, rows):
         shares = row["grades"][kind]
         numbers = [f"{shares.get(name, 0):.1f}" for name in categories]
         repeated = f"{row['grades']['repeated']:.1f}" if kind == "retries" else ""
         body.append([GRADES[kind], row["variant"], row["arm"], *numbers, repeated])
-    return ["answers, %", "", "", *categories, "repeated"], body
+    return body
 
 
 def grade_lines(results):
@@ -213,13 +224,9 @@ def grade_lines(results):
     lines = []
     known = "grades" in results.table[0]
     for split in results.splits if known else ():
-        head, body = grade_rows(results, split)
-        widths = [max(map(len, column)) + 2 for column in zip(head, *body)]
         temperature = temperature_name(results.temperatures[0])
         lines += ["", f"{split}: grades of the answers, {temperature}"]
-        for cells in (head, *body):
-            line = "".join(map(str.ljust, cells[:3], widths))
-            lines.append(line + "".join(map(str.rjust, cells[3:], widths[3:])))
+        lines += aligned(grade_rows(results, split), left=3)
     return lines
 
 
@@ -245,22 +252,21 @@ def print_transcripts(results):
             print()
 
 
-def frontier_lines(results):
-    """How far PPO lies above SFT's curve, and where that is read."""
-    title = (f"RL above the curve of SFT, {results.reports[0].name} in points [95 % interval], "
-             f"{temperature_name(results.temperatures[0])}, {results.curve_n} episodes per seed "
-             "and point")
-    lines = ["", title]
-    pairs = [who(row) for row in results.frontier]
-    width = max(map(len, pairs)) + 2
-    variant_width = max(map(len, results.variants)) + 2
-    lines.append(" " * (variant_width + width) + "".join(f"{f'at {at}':^26}" for at in FRONTIER))
-    for row, pair in zip(results.frontier, pairs):
-        line = f"{row['variant']:{variant_width}}{pair:{width}}"
-        for at in FRONTIER:
-            line += f"{signed_text(row['metrics'].get(at)):^26}"
-        lines.append(line.rstrip())
-    return lines
+def gap_rows(results):
+    """How far PPO lies above each SFT training's curve: rows of texts, a head first."""
+    rows = [["points", "", *[f"at {at}" for at in FRONTIER]]]
+    for row in results.frontier:
+        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
+        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
+        rows.append([row["variant"], pair, *cells])
+    return rows
+
+
+def gap_lines(results):
+    title = f"RL above the curve of SFT, {results.reports[0].name} [95 % interval]"
+    temperature = temperature_name(results.temperatures[0])
+    size = f"{temperature}, {results.curve_n} episodes per seed and point"
+    return ["", f"{title}, {size}", *aligned(gap_rows(results), left=2)]
 
 
 def signed_text(estimate):
@@ -518,7 +524,7 @@ def seeds_block(fields, folder):
 
 def grades_block(fields, folder):
     """How the arms' answers were graded, of first attempts and of retries."""
-    head, body = grade_rows(read(ROOT / fields["source"]), fields["split"])
+    head, *body = grade_rows(read(ROOT / fields["source"]), fields["split"])
     return markdown(head, body)
 
 
@@ -572,13 +578,8 @@ def frontier_block(fields, folder):
 
 def gaps_block(fields, folder):
     """How far PPO lies above each SFT training's curve."""
-    results = read(ROOT / fields["source"])
-    body = []
-    for row in results.frontier:
-        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
-        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
-        body.append([row["variant"], pair, *cells])
-    return markdown(["points", "RL - SFT", *[f"at {at}" for at in FRONTIER]], body)
+    head, *body = gap_rows(read(ROOT / fields["source"]))
+    return markdown(head, body)
 
 
 BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
@@ -666,16 +667,17 @@ def main(arguments):
         lines += seed_lines(results)
     lines += grade_lines(results)
     if results.frontier:
-        lines += frontier_lines(results)
+        lines += gap_lines(results)
     print(*lines, sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":
-        pictures = [path.with_suffix(".png"), path.with_name("frontier.png")]
-        draw(results, pictures[0])
-        draw_frontier([Panel("", results, variant) for variant in list(results.variants)[1:]],
-                      pictures[1])
-        print("\nwritten: " + ", ".join(map(str, pictures)))
+        draw(results, path.with_suffix(".png"))
+        print(f"\nwritten: {path.with_suffix('.png')}")
+        panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
+        if panels:
+            draw_frontier(panels, path.with_name("frontier.png"))
+            print(f"written: {path.with_name('frontier.png')}")
     print_transcripts(results)
     if options.publish:
         publish(path, options.publish)

@@ -143,11 +143,12 @@ def test_seeds_by_hand(show):
     """Leading metrics alone; a seed in which nothing was asked is a dash and not in the mean."""
     printed = show()
     block = printed[printed.index("success by seed") :].splitlines()
-    assert block[0] == "success by seed, T = 0.2: all together, mean of seeds, seeds 1, 2"
-    assert block[1].split() == "all ID Init 60.0 59.5 55.0 64.0".split()
-    assert block[7].split() == "all ID sft - Init 20.0 20.5 19.0 22.0".split()
+    assert block[0] == "success by seed, T = 0.2"
+    assert block[1].split() == "together mean of seeds seed 1 seed 2".split()
+    assert block[2].split() == "all ID Init 60.0 59.5 55.0 64.0".split()
+    assert block[8].split() == "all ID sft - Init 20.0 20.5 19.0 22.0".split()
     block = printed[printed.index("recognition by seed") :].splitlines()
-    assert block[1].split() == "all ID Init 70.0 1.0 - 1.0".split()
+    assert block[2].split() == "all ID Init 70.0 1.0 - 1.0".split()
     assert "by seed" not in show(seeds=[1])
 
 
@@ -327,7 +328,8 @@ def test_frontier_by_hand(show, monkeypatch):
 def test_gaps_by_hand(show):
     printed = show(frontier=[ABOVE])
     block = printed[printed.index("RL above the curve of SFT") :].splitlines()
-    assert block[2].split() == "rule OOD rl - sft-sft.lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
+    assert block[1].split() == "points at equal FLOPs at equal ID".split()
+    assert block[2].split() == "rule OOD RL - SFT, lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
 
 
 # ---------------------------------------------------------------- documents
