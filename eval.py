@@ -13,6 +13,10 @@ policies stand below the arms (env.references). A cell is played again when the 
 the libraries have changed; not for where and how many side by side it is played (model.device,
 eval.batch_size).
 
+Along each training eval.curve_points checkpoints are played in every variant: curves over compute,
+and the frontier, one variant against the trained one (the first). How far PPO's last checkpoint
+lies above the curve of SFT is read at equal FLOPs and where the curve first comes to PPO's ID.
+
 A metric is right / all, summed over episodes. Its 95 % interval counts the luck of the trainings
 and that of the problems: a bootstrap over seeds and over hands or routes (lib/bootstrap.py). Of a
 single seed it is over hands or routes alone, and a note says so.

@@ -396,7 +396,7 @@ class Policy:
         for sequence, image in zip(sequences, features):
             ends = [end for _, end in sequence.spans] or [len(sequence.ids)]
             self.beyond[phase] += sum(ends) - len(sequence.ids)
-            if sequence.ids.count(self.family.image_token) == 1:
+            if image is not None and sequence.ids.count(self.family.image_token) == 1:
                 self.beyond[phase] += len(ends) * (self.family.count_patches(image) - 1)
 
     def _autocast(self):
