@@ -22,7 +22,8 @@ from rollout import evaluate, evaluation_seeds, make_env
 
 HANDS = 500
 TUNING = 100  # added to the evaluation's seed: its hands are never those of the results
-ILLEGAL = 0.05  # Init: at most so many first answers are illegal
+ILLEGAL = 0.05  # Init: at most so many first answers are illegal, ...
+LEAST = 0.55  # ... and at least so much of the trained rule is solved (GP)
 
 
 def played(policy, cfg, variant, verify_iters):
@@ -92,7 +93,8 @@ def main(arguments):
         policy.load(path, value_head=False)
         records = played(policy, cfg, "ID", attempts)
         describe(f"{path.name}, ID", records, metrics)
-        if categories(records).get("illegal", 0) <= ILLEGAL:
+        illegal = categories(records).get("illegal", 0)
+        if illegal <= ILLEGAL and share(records, "solved") >= LEAST:
             break
     for variant in list(cfg.eval.variants)[1:]:
         describe(f"Init = {path.name}, {variant}", played(policy, cfg, variant, attempts), metrics)
