@@ -797,16 +797,18 @@ def test_picture_of_any_mode_or_size(policy):
 
 
 # ---------------------------------------------------------------- the shipped eyes
-def test_cards_named_are_those_in_the_picture(make_policy):
-    """Forty hands, named in the bare backbone's plain words: far beyond guessing."""
+def test_numbers_read_are_those_of_the_cards_in_the_picture(make_policy):
+    """Forty hands, read in the bare backbone's plain words: far beyond guessing."""
     policy, dealt = make_policy(noise=0), hands(40)
-    ask = {"type": "text", "text": f"{corpus_gp.NAME}Cards: {gp.PICTURE}"}
+    request = corpus_gp.ASKED["values"] + corpus_gp.rule_text(gp.RULES["face"])
+    ask = {"type": "text", "text": f"{request}Cards: {gp.PICTURE}"}
     message = {"role": "user", "content": [{"type": "image"}, ask]}
     prompts = policy.encode([{**obs, "messages": [message]} for obs, _, _ in dealt])
     assert len({tuple(prompt.ids) for prompt in prompts}) == 1  # the pictures alone differ
     seen = 0
     for answer, (_, cards, _) in zip(greedy(policy, prompts), dealt):
-        seen += sorted(re.findall(r'"(\w+)"', policy.decode(answer.ids))) == sorted(cards)
+        numbers = sorted(str(gp.RANKS.index(card) + 1) for card in cards)
+        seen += sorted(policy.decode(answer.ids).split(", ")) == numbers
     guesses = play_reference(
         {"name": "gp", "image_size": [112, 112], "split": "all"}, "likeliest cards", 400, 0, 1
     )
