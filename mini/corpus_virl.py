@@ -18,9 +18,11 @@ OPENING = virl.PROMPT.split("Actions: ")[0]
 WORDED = "Say where to turn in these words: {words}\nInstructions:\n{instructions}\n"
 DIARY, SO_FAR, NOW = "Step {n}: {seen} {done}\n", "So far: {story}\n", "Now: {seen}"
 SEE, WHICH, NUMBER = "What do you see?", "Which instruction is it?", "Number {n}: {instruction}"
+BOTH = "Read the instruction, then say what to do."
 ON_THE_WAY = " On the way: {names}\n"
 READ, SPEAKS = "Read out number {n}.", "Which number speaks of {name}?"
 COMPASS_WORD, TURN_WORD = " Which compass word is in it?", " Which way does it turn?"
+OF_THESE = " Which of these words is in it: {words}?"
 INSTRUCTION = "Turn {turn} to face {compass}."
 FACING = "You face {before} and turn {turn}: now you face "
 BETWEEN = "You face {before} and want to face {after}: turn "
@@ -30,45 +32,48 @@ AROUND = ". You turn {turn}" + QUARTER + ": now it is on your "
 MEANINGS = ("straight ahead", "to the right and ahead", "to the right", "to the right and behind",
             "straight behind", "to the left and behind", "to the left", "to the left and ahead")
 JSON, WRONG = "JSON: {keys}\n{text}", "That is wrong. Try again."
+FIELD = "{key} = {value}\n"
 CALL, REPEAT = "Write the call of {name} with {thing}.", "Repeat: {words}"
-CALLS = ("open_door", "find_shop", "close", "show_map", "look")
-WORDS = ("current observation", "current instruction", "action", "turn_direction", "forward",
-         "stop", "place", "side", "compass", "turn", "sentence", "first", "last", "crossing")
+VERBS = ("open", "find", "show", "turn", "forward", "stop")
+OBJECTS = ("_door", "_page", "_direction")
+KEYS = ("place", "side", "compass", "turn", "sentence", "crossing", "first", "last", "note", "name",
+        "word", "answer", "seen", "view", "line", "next", "step", "observation",
+        "instruction")  # of small tasks
+CURRENT = "current "  # may stand before a key
+WORDS = ("action", "forward", "stop", *KEYS)
 
 
 class Manner(NamedTuple):
-    """How people speak of a walk; in turns stands the word for the direction."""
+    """How people speak of a walk; the word for a direction stands in the same place under both
+    vocabularies."""
     ask: str
-    turn: dict  # {rule: what to do at a turn}
+    turn: str  # what to do
     walk: str
     arrive: str
-    turned: dict  # {rule: what was done at a turn}
+    turned: str  # what was done
     walked: str
 
     def next_step(self, env, at, rule):
         """What to do at a position."""
         action = env.rail[at].action
-        turn = self.turn[rule].format(word=word_of(env, at, rule))
+        turn = self.turn.format(word=word_of(env, at, rule))
         return {"turn": turn, "forward": self.walk, "stop": self.arrive}[action]
 
     def past_step(self, env, at, rule):
         """What was done at a position, the last one not among them."""
         if env.rail[at].action == "turn":
-            return self.turned[rule].format(word=word_of(env, at, rule))
+            return self.turned.format(word=word_of(env, at, rule))
         return self.walked
 
 
 MANNERS = (
-    Manner("What comes next?",
-           {"absolute": "Now turn to the {word}.", "relative": "Now turn {word}."},
-           "Walk on.", "You have arrived.",
-           {"absolute": "You turned to the {word}.", "relative": "You turned {word}."},
-           "You walked on."),
-    Manner("What shall I do?",
-           {"absolute": "Face {word}, please.", "relative": "Take a turn {word}, please."},
-           "Just keep going.", "Stop, this is it.",
-           {"absolute": "I faced {word}.", "relative": "I took a turn {word}."},
-           "I kept going."))
+    Manner("What comes next?", "Now turn {word}.", "Walk on.", "You have arrived.",
+           "You turned {word}.", "You walked on."),
+    Manner("What shall I do?", "Go {word}, please.", "Just keep going.", "Stop, this is it.",
+           "I went {word}.", "I kept going."))
+# What is reported of a position in JSON, under these keys
+REPORT = {"seen": ("seen", "view", "note"), "line": ("line", "sentence", "word"),
+          "next": ("next", "step", "answer")}
 
 
 def word_of(env, at, rule):
@@ -102,16 +107,18 @@ def phrases():
     head, rest = virl.PROMPT.split("{words}")
     ask = rest.split("{instructions}")[1].split("{history}")[0]
     ask = ask.replace("{{", "{").replace("}}", "}").removesuffix("\n")
-    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, READ, SPEAKS,
-                 INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, CALL, REPEAT]
+    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, READ, SPEAKS, OF_THESE,
+                 INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, FIELD, CALL, REPEAT]
     for manner in MANNERS:
-        templates += [*manner.turn.values(), *manner.turned.values()]
+        templates += [manner.turn, manner.turned]
     pieces = [piece for template in templates for piece in re.split(r"\{\w+\}", template)]
     for manner in MANNERS:
         pieces += [manner.ask, f" {manner.ask}", manner.walk, manner.arrive, manner.walked]
-    pieces += [SEE, f" {SEE}", WHICH, f" {WHICH}", COMPASS_WORD, TURN_WORD, QUARTER, MEANS, WRONG]
-    pieces += [*MEANINGS, *CALLS, *WORDS, "nothing", "yes", "no"]
-    pieces += [head.removeprefix(OPENING), ", stop()\n", "Instructions:\n1. ", ask, virl.PICTURE]
+    pieces += [SEE, f" {SEE}", WHICH, f" {WHICH}", BOTH, f" {BOTH}", COMPASS_WORD, TURN_WORD]
+    pieces += [QUARTER, MEANS, WRONG]
+    pieces += [*MEANINGS, *VERBS, *OBJECTS, CURRENT, *WORDS, "nothing", "yes", "no"]
+    pieces += [head.removeprefix(OPENING), ", stop()\n", "Instructions:\n1. ", virl.PICTURE]
+    pieces += re.split(f"{CURRENT}observation|{CURRENT}instruction(?=\")|action(?=\")", ask)
     pieces += [", ".join(words) for words in virl.RULES.values()]
     pieces += [*routes.COMPASS, *routes.SIDES, *virl.TURNS]
     pieces += ["Move forward until the next intersection", "the destination ", "The destination ",
@@ -176,9 +183,11 @@ class Corpus:
     def directed(self, request, manner, at, rule):
         """Exchanges about what to do at a position."""
         steps = [manner.next_step(self.env, i, rule) for i in range(len(self.env.rail))]
+        return self.replies(request, steps[at], steps, self.correction())
+
+    def correction(self):
         reason = self.rng.choice(("wrong_action", "wrong_observation"))
-        correction = virl.RETRY.format(reason=virl.WRONG[reason])
-        return self.replies(request, steps[at], steps, correction)
+        return virl.RETRY.format(reason=virl.WRONG[reason])
 
     def position(self):
         """Take a walk. Returns: (a position of it, often one where one turns or stops, image)."""
@@ -215,20 +224,43 @@ class Corpus:
         if image or self.rng.random() < self.data["blind"]:
             seen = virl.PICTURE
         request = self.map(rule) + self.story(manner, at, in_words) + NOW.format(seen=seen) + " "
-        questions = self.rng.sample((manner.ask, SEE, WHICH), self.rng.randint(2, 3))
+        if self.rng.random() < self.data["report"]:
+            return self.seen(self.reported(request, manner, at, rule), image, here)
         exchanges = []
-        for question in questions:
+        questions = (manner.ask, SEE, WHICH, BOTH)
+        for question in self.rng.sample(questions, self.rng.randint(2, 3)):
             request += question
             if question == manner.ask:
                 exchanges += self.directed(request, manner, at, rule)
             elif question == SEE:
                 exchanges.append(Exchange(request, here.observation))
+            elif question == WHICH:
+                n, line = self.line(at)
+                exchanges.append(Exchange(request, NUMBER.format(n=n, instruction=line)))
             else:
-                n = 2 * here.leg + (here.action != "turn")
-                text = NUMBER.format(n=n + 1, instruction=self.env.instructions[n])
-                exchanges.append(Exchange(request, text))
+                step = manner.next_step(self.env, at, rule)
+                exchanges.append(Exchange(request, f"{self.line(at)[1]} {step}"))
             request = ""
         return self.seen(exchanges, image, here)
+
+    def line(self, at):
+        """(number, text) of the instruction that is followed at a position."""
+        here = self.env.rail[at]
+        n = 2 * here.leg + (here.action != "turn")
+        return n + 1, self.env.instructions[n]
+
+    def reported(self, request, manner, at, rule):
+        """Exchanges about a position in JSON, under other keys than the task's."""
+        asked = self.rng.sample(tuple(REPORT), self.rng.randint(2, 3))
+        keys = [self.rng.choice(REPORT[what]) for what in asked]
+        replies = []
+        for i in range(len(self.env.rail)):
+            facts = {"seen": self.env.rail[at].observation, "line": self.line(i)[1],
+                     "next": manner.next_step(self.env, i, rule)}
+            fields = [f'"{key}": "{facts[what]}"' for key, what in zip(keys, asked)]
+            replies.append("{" + ", ".join(fields) + "}")
+        request += JSON.format(keys=", ".join(keys), text="")
+        return self.replies(request, replies[at], replies, self.correction())
 
     def seen(self, exchanges, image, here):
         """The Document of exchanges at a position."""
@@ -304,7 +336,11 @@ class Corpus:
         for _ in range(4):
             text = self.instruction()
             turn, compass = re.fullmatch(r"Turn (.*) to face (.*)\.", text).groups()
-            question, answer = self.rng.choice(((COMPASS_WORD, compass), (TURN_WORD, turn)))
+            rules = {"absolute": compass, "relative": turn}
+            rule = self.rng.choice(tuple(rules))
+            these = OF_THESE.format(words=", ".join(virl.RULES[rule]))
+            asks = {COMPASS_WORD: compass, TURN_WORD: turn, these: rules[rule]}
+            question, answer = self.rng.choice(tuple(asks.items()))
             exchanges.append(Exchange(text + question, answer + "."))
         return chat(exchanges)
 
@@ -338,7 +374,15 @@ class Corpus:
 
     def some_text(self):
         """A text and what could be asked of it, {key: value}."""
-        if self.rng.random() < 0.5:
+        kind = self.rng.choice(("fields", "landmark", "instruction"))
+        if kind == "fields":
+            fields = {}
+            for key in self.rng.sample(KEYS[:-2], self.rng.randint(2, 5)):
+                fields[self.rng.choice(("", CURRENT)) + key] = self.value()
+            fields[self.rng.choice(KEYS[-2:])] = self.value()
+            text = "".join(FIELD.format(key=key, value=fields[key]) for key in fields)
+            return text, fields
+        if kind == "landmark":
             text = self.landmark()
             name, side = re.fullmatch("(.*) is on your (.*)", text).groups()
             crossing = self.rng.choice(("yes", "no"))
@@ -348,19 +392,31 @@ class Corpus:
         turn, compass = re.fullmatch(r"Turn (.*) to face (.*)\.", text).groups()
         return text, {"turn": turn, "compass": compass, "sentence": text}
 
+    def value(self):
+        """Of a field: a word, a name or a sentence."""
+        word = self.rng.choice((*routes.COMPASS, *routes.SIDES, *virl.TURNS))
+        sentence = self.rng.choice((f"{self.landmark()}.", self.instruction(), virl.NOTHING))
+        return self.rng.choice((word, self.name(), sentence))
+
     def call(self):
-        """Calls as in code."""
+        """Calls as in code, none of them one of the task's actions."""
         exchanges = []
         for _ in range(3):
-            name = self.rng.choice(CALLS)
-            thing = self.rng.choice(("nothing", self.rng.choice(CATEGORIES)))
-            said = "" if thing == "nothing" else thing
+            verb, thing = self.rng.choice(VERBS), self.rng.choice(CATEGORIES)
+            others = [thing for thing in OBJECTS if verb + thing != "turn_direction"]
+            name = verb + self.rng.choice(("", *others))
+            said = thing
+            if name not in ("forward", "stop") and self.rng.random() < 0.5:
+                thing, said = "nothing", ""
             exchanges.append(Exchange(CALL.format(name=name, thing=thing), f"{name}({said})"))
         return chat(exchanges)
 
     def echo(self):
-        words = ", ".join(self.rng.sample(WORDS, self.rng.randint(2, 5)))
-        return chat([Exchange(REPEAT.format(words=words), words)])
+        """Words to be repeated; those of the task's answers among them."""
+        words = self.rng.sample(WORDS, self.rng.randint(2, 5))
+        words = [self.rng.choice(("", CURRENT)) + word for word in words]
+        said = ", ".join(words)
+        return chat([Exchange(REPEAT.format(words=said), said)])
 
 
 def probe_targets(observation):

@@ -217,7 +217,7 @@ def test_backbone_reads_no_route_of_any_split_and_no_answer_of_the_task(n, image
         rest = lines_of(document)[1:]
         assert rest not in kept, document.text
         shown += bool(rest)
-        assert "turn_direction(" not in document.text
+        assert not re.search(r"turn_direction\(|forward\(\)|stop\(\)", document.text)
         for key in virl.KEYS:
             assert f'"{key}"' not in document.text
         assert (document.image is not None) == bool(image_size)
@@ -233,36 +233,48 @@ def test_a_route_of_the_corpus_that_reads_like_one_of_the_task_is_left_out(monke
     assert len(own) == 9 and twin not in own
 
 
+def wanted_step(document):
+    """(observation, number of the instruction, pattern of the next step) by a count of its own: the instruction
+    that comes after as many turns as were done, in the words that were asked for."""
+    lines = lines_of(document)
+    story = re.search(r"\n(?:Step 1: |So far: )(.*)\nNow", document.text, re.DOTALL)
+    (now,) = re.findall("Now: (.*?) (?:What |Which |Read |JSON: )", document.text)
+    done = len(re.findall("You turned|I went", story[1] if story else ""))
+    if "destination" in now:
+        return now, len(lines), "You have arrived|Stop, this is it"
+    if story and "intersection" not in now:
+        return now, 2 * done, "Walk on|Just keep going"
+    turn, compass = re.fullmatch("Turn (.*) to face (.*).", lines[2 * done]).groups()
+    word = compass if ": north, " in document.text else turn
+    return now, 2 * done + 1, f"Now turn {word}|Go {word}, please"
+
+
 def test_next_steps_are_told_in_the_words_asked_for():
-    """By a count of its own: the instruction that comes after as many turns as were done."""
     corpus, met = reader(slip=0, blind=0, mixed=0), set()
     for _ in range(400):
         document = corpus.told()
-        lines = lines_of(document)
-        (story,) = re.findall(r"\n(?:Step 1: |So far: )(.*)\nNow", document.text, re.DOTALL) or [""]
-        done = len(re.findall(r"turned|faced|took", story))
-        (now,) = re.findall(r"Now: (.*?)(?: W|<)", document.text)
-        replies = re.findall(r"([^>]*)<\|assistant\|>([^<]*)", document.text)
-        rule = "absolute" if ": north, " in document.text else "relative"
-        for asked, reply in replies:
-            if asked.endswith("What do you see?"):
+        now, number, step = wanted_step(document)
+        line = lines_of(document)[number - 1]
+        for asked, reply in re.findall(r"([^>]*)<\|assistant\|>([^<]*)", document.text):
+            if "JSON: " in asked:
+                keys = asked.split("JSON: ")[1].strip().split(", ")
+                report = json.loads(reply)
+                assert list(report) == keys
+                for key, text in report.items():
+                    (what,) = [w for w, named in corpus_virl.REPORT.items() if key in named]
+                    right = {"seen": re.escape(now), "line": re.escape(line), "next": f"({step})."}
+                    assert re.fullmatch(right[what], text)
+                    met.add(what)
+            elif asked.endswith("What do you see?"):
                 assert reply == now
-            turns = story == "" or "intersection" in now
-            line = 2 * done + 1 if turns else 2 * done
-            if asked.endswith("Which instruction is it?"):
-                assert reply == f"Number {line}: {lines[line - 1]}"
-            if not asked.endswith(("What comes next?", "What shall I do?")):
-                continue
-            if "destination" in now:
-                assert reply in ("You have arrived.", "Stop, this is it.")
-            elif turns:
-                turn, compass = re.fullmatch("Turn (.*) to face (.*).", lines[line - 1]).groups()
-                word = compass if rule == "absolute" else turn
-                assert re.search(f"(?:to the|turn|Face|a turn) {word}[.,]", reply)
+            elif asked.endswith("Which instruction is it?"):
+                assert reply == f"Number {number}: {line}"
+            elif asked.endswith("then say what to do."):
+                assert re.fullmatch(f"{line} ({step}).", reply)
             else:
-                assert reply in ("Walk on.", "Just keep going.")
-            met.add((rule, reply.split()[0]))
-    assert len(met) >= 10
+                assert re.fullmatch(f"({step}).", reply)
+                met.add(reply)
+    assert len(met) > 25
 
 
 def test_turns_and_sides_are_told_right():
