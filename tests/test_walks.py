@@ -234,8 +234,8 @@ def test_a_route_of_the_corpus_that_reads_like_one_of_the_task_is_left_out(monke
 
 
 def wanted_step(document):
-    """(observation, number of the instruction, pattern of the next step) by a count of its own: the instruction
-    that comes after as many turns as were done, in the words that were asked for."""
+    """(observation, number of the instruction, pattern of the next step) by a count of its own:
+    the instruction after as many turns as were done, in the words that were asked for."""
     lines = lines_of(document)
     story = re.search(r"\n(?:Step 1: |So far: )(.*)\nNow", document.text, re.DOTALL)
     (now,) = re.findall("Now: (.*?) (?:What |Which |Read |JSON: )", document.text)
