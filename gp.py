@@ -320,13 +320,14 @@ def _odds(hand, replacement):
 # ---------------------------------------------------------------- the environment
 PROMPT = """\
 You are playing the {target} points game. You see four cards. \
-Write a formula that uses the number of each card exactly once, with + - * / and brackets, \
+Write a formula that uses the number of each card exactly once, with + - * / and brackets ( ), \
 and equals {target}.
 'A' counts as 1, 'J' counts as {J}, 'Q' counts as {Q}, 'K' counts as {K}.
 Answer with JSON only: {{"cards": [the four cards], "number": [their numbers], \
 "formula": "an equation that equals {target}"}}
 Cards: {cards}"""
-PICTURE = "in the picture."  # stands for {cards} in GP-VL
+# Stands for {cards} in GP-VL
+PICTURE = 'in the picture, spelt "A", "2", "3" to "10", "J", "Q", "K".'
 MISREAD_REASON = 'the "cards" in the answer are not the cards in the picture'
 NO_CARDS_REASON = 'no "cards" were found in the answer'
 RETRY = "You failed this trial: {reason}. Try again."

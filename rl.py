@@ -33,7 +33,7 @@ from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Batch, Meter, answer_logprobs, clipped_step, load_checkpoint, load_state, normalized,
+    Batch, Meter, answer_logprobs, begin_at, clipped_step, load_checkpoint, normalized,
     ppo_statistics, save_checkpoint, seeded, set_learning_rates, spread_of, sum_per_turn,
     token_weights, too_far)
 from policy import Policy
@@ -190,10 +190,7 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
 def start_policy(cfg, init):
     """The policy at the checkpoint `init`, or the bare base for None."""
     policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, cfg.ppo.value_detach, cfg.run.seed)
-    if init is not None:
-        policy.load(init, value_head=False)
-        # Init's compute counts: X_RL = 6N(D_init + D_RL) + 2N D_buffer (paper, C.3)
-        policy.tokens = load_state(init)["tokens"]
+    begin_at(init, policy)
     return policy
 
 

@@ -3,7 +3,8 @@
     python sft.py CONFIG.yaml [key=value ...]
 
 Paper Sec. 5, App. C. One run gives both: its early checkpoint sft.init_step is Init, the later ones
-are the SFT arm. The loss is on the expert's answer tokens alone. With sft.mistakes > 0 the prompt
+are the SFT arm. An arm with sft.init, such as one at another rate, begins at a checkpoint instead
+of the bare base, as PPO does. The loss is on the expert's answer tokens alone. With sft.mistakes > 0 the prompt
 holds wrong attempts and the verifier's texts before the expert's answer (the paper's sub-optimal
 trajectories); they carry no loss.
 
@@ -20,7 +21,7 @@ from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Meter, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
+    Meter, begin_at, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
 from policy import Policy
 from rollout import make_env, training_seeds
 
@@ -74,6 +75,7 @@ def main(arguments):
         return
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, seed=cfg.run.seed)
+        begin_at(run.init, policy)
         run.begin()
         optimizer = torch.optim.AdamW(policy.trainable.values(), lr=sft.lr,
                                       weight_decay=sft.weight_decay)

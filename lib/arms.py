@@ -1,7 +1,7 @@
 """Which checkpoints are compared with which: the arms of eval.py, from the folders of a run.
 
     Init    where an arm began: ppo.init of an rl* folder's own config.yaml; of an sft* folder in
-            which no PPO began, its step sft.init_step
+            which no PPO began, its sft.init, or else its step sft.init_step
     sft*    at the compute of the PPO that began in it: the checkpoint of nearest model FLOPs. One
             in which none began: at the compute of the first rl*; without any, the last
     rl*     the last checkpoint
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import yaml
 
 from lib.runs import checkpoints
-from lib.settings import UserError
+from lib.settings import UserError, with_defaults
 
 EQUAL_COMPUTE = 0.05  # model FLOPs of SFT and PPO may differ by this share
 
@@ -218,11 +218,13 @@ class Comparison:
 
 
 def own_start(training):
-    """The checkpoints at sft.init_step of an SFT training."""
+    """Where an SFT training began, by its sft.init: the checkpoints there, or its own ones at
+    sft.init_step."""
     start = []
     for last in training.last:
-        step = trained_with(last)["sft"]["init_step"]
-        start.append(last.with_name(f"step_{step}"))
+        sft = with_defaults(trained_with(last)["sft"], "sft.")
+        own = last.with_name(f"step_{sft['init_step']}")
+        start.append(own if sft["init"] == "none" else last.parent.parent / sft["init"])
     return all_there(start)
 
 

@@ -69,19 +69,19 @@ def _follows_sft(init, overrides):
     return init.startswith("sft/") and not given
 
 
-def find_init(run_dir, init, overrides):
-    """The folder of the checkpoint ppo.init, None if that is "none".
+def find_init(run_dir, init, overrides, key="ppo.init"):
+    """The folder of the checkpoint that a key names, None if that is "none".
 
-    An sft/step_N of the YAML is looked for in the arm that sft.py makes of the same overrides
-    (sft-sft.lr=5e-4), then in the one of those of the section `sft` alone: env, model and lora may
-    differ between an arm and its start.
+    Where ppo.init is an sft/step_N of the YAML, it is looked for in the arm that sft.py makes of
+    the same overrides (sft-sft.lr=5e-4), then in the one of those of the section `sft` alone: env,
+    model and lora may differ between an arm and its start.
     Raises: UserError that says which checkpoints there are.
     """
     run_dir = Path(run_dir)
     if init == "none":
         return None
     names = [init]
-    if _follows_sft(init, overrides):
+    if key == "ppo.init" and _follows_sft(init, overrides):
         step = init.removeprefix("sft/")
         of_sft = [override for override in overrides if override.startswith("sft.")]
         names = [f"{arm_name('sft', given)}/{step}" for given in (overrides, of_sft)]
@@ -91,11 +91,11 @@ def find_init(run_dir, init, overrides):
             found = Path(os.path.normpath(found))
         if found.is_dir():
             return found
-    ways = _ways_to_start(run_dir, init)
-    raise UserError(f"ppo.init: no checkpoint {run_dir / names[0]}; {ways}")
+    ways = _ways_to_start(run_dir, init, key)
+    raise UserError(f"{key}: no checkpoint {run_dir / names[0]}; {ways}")
 
 
-def _ways_to_start(run_dir, init):
+def _ways_to_start(run_dir, init, key):
     """What to do where a checkpoint is not there, in words."""
     there = []
     for folder in sorted(run_dir.glob("sft*")):
@@ -109,7 +109,7 @@ def _ways_to_start(run_dir, init):
     listed = ", ".join([best, *others[:7]])
     if others[7:]:
         listed += f" and {len(others) - 7} more"
-    return f"give the overrides that sft.py had, or ppo.init={best}; there are {listed}"
+    return f"give the overrides that sft.py had, or {key}={best}; there are {listed}"
 
 
 # ---------------------------------------------------------------- the folder of an arm
@@ -118,7 +118,7 @@ class Run:
 
     Args: script: "sft" or "rl"; raw: the nested settings; overrides: those of the command line.
     Attributes: step, last: number and folder of the last checkpoint, 0 and None if there is none;
-        init: folder of the checkpoint that an rl arm starts from, or None; stopping: after Ctrl-C
+        init: folder of the checkpoint that the arm starts from, or None; stopping: after Ctrl-C
         or SIGTERM, what is being finished ("update"), else None.
     Raises: UserError if the folder belongs to other settings or to another process, or if there is
         no such init.
@@ -128,8 +128,9 @@ class Run:
         run_dir, init = Path(raw["run"]["dir"]), raw["ppo"]["init"]
         self.dir = run_dir / arm_name(script, overrides, init)
         self.settings = {section: raw[section] for section in (*ARM_SECTIONS[script], "run")}
-        self.init = None
-        if script == "rl":
+        if script == "sft":
+            self.init = find_init(run_dir, raw["sft"]["init"], overrides, "sft.init")
+        else:
             self.init = find_init(run_dir, init, overrides)
             if _follows_sft(init, overrides):  # the arm may be another than the YAML says
                 init = str(self.init.relative_to(run_dir))

@@ -93,6 +93,17 @@ def load_checkpoint(folder, policy, optimizer):
     return state
 
 
+def begin_at(init, policy):
+    """Give a policy the weights of the checkpoint `init` where another training starts.
+
+    Args: init: its folder, or None for the bare base. Init's compute counts: X_RL = 6N(D_init +
+        D_RL) + 2N D_buffer (paper, C.3).
+    """
+    if init is not None:
+        policy.load(init, value_head=False)
+        policy.tokens = load_state(init)["tokens"]
+
+
 # ---------------------------------------------------------------- what is logged
 def peak_memory(device):
     """Peak memory so far in GiB: of the GPU, or of this process on a CPU (None on Windows)."""

@@ -19,6 +19,7 @@ from itertools import combinations_with_replacement, count, permutations, produc
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from test_cards import cut_out, read_card
 
 import gp
 from gp import GeneralPoints
+from mini import corpus_gp
 
 ALL_VALUES = list(combinations_with_replacement(range(1, 14), 4))
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -893,3 +895,62 @@ def test_no_hand_left_is_an_error_that_says_why():
     split = "train" if gp.is_unseen((10, 10, 10, 10)) else "unseen"  # its only hand lies elsewhere
     with pytest.raises(ValueError, match=f"no solvable hand makes 10000 with split {split}"):
         GeneralPoints(target=10_000, split=split)
+
+
+# ---------------------------------------------------------------- what the backbone reads
+RECIPE = yaml.safe_load((ROOT / "mini/gp.yaml").read_text())
+
+
+def hands_shown(text):
+    """Multisets of four numbers that stand together in a document: lists, formulas, and what four
+    cards count as under the rule that the text states."""
+    shown = []
+    for found in re.findall(r"(?<![\d,] )(?:\d+, )+\d+|[\d()+*/-]*\d[\d()+*/-]*", text):
+        shown.append([int(number) for number in re.findall(r"\d+", found)])
+    rule = {face: int(n) for face, n in re.findall(r"'([AJQK])' counts as (\d+)", text)}
+    for found in re.findall(r'(?:"(?:[2-9AJQK]|10)", )+"(?:[2-9AJQK]|10)"', text if rule else ""):
+        ranks = re.findall(r'"(\w+)"', found)
+        shown.append([rule[rank] if rank in rule else int(rank) for rank in ranks])
+    return [tuple(sorted(numbers)) for numbers in shown if len(numbers) == 4]
+
+
+def test_hands_shown_are_found():
+    """The reader above, on documents written by hand."""
+    assert hands_shown("3, 8, 3, 8 make 24: 8/(3-8/3)\n1, 2, 3, 4, 5") == [(3, 3, 8, 8)] * 2
+    text = """'A' counts as 1, 'J' counts as 7, 'Q' counts as 12, 'K' counts as 2.
+Cards: ["A", "10", "K", "J"]<|assistant|>{"hand": ["A", "10", "K"]}"""
+    assert hands_shown(text) == [(1, 2, 7, 10)]
+    assert hands_shown("12-((5*8))=6, (1+2)-3*4=") == [(1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    "n, image_size", [(3000, None), (200, [112, 112]),
+                      pytest.param(100_000, None, marks=pytest.mark.slow)])
+def test_backbone_reads_no_unseen_hand_and_no_answer_of_the_task(n, image_size):
+    """Wrong tries and corrupted lists included; and nobody repeats what was refused."""
+    corpus = corpus_gp.Corpus(RECIPE["data"] | RECIPE["vision"], 1, image_size)
+    hands = 0
+    for _ in range(n):
+        document = corpus.document()
+        shown = hands_shown(document.text.replace(gp.PICTURE, ""))
+        assert not any(map(is_apart, shown)), document.text
+        hands += len(shown)
+        replies = re.findall(r"<\|assistant\|>(.*?)<\|end\|>", document.text, re.DOTALL)
+        assert len(replies) == len(set(replies)) or '{"' in document.text
+        for reply in replies:
+            assert gp.read_answer(reply).formula is None
+            assert '"cards"' not in reply and '"number"' not in reply
+    assert hands > n
+
+
+def test_wrong_tries_are_refused_for_the_right_reason_and_not_learned():
+    corpus = corpus_gp.Corpus(RECIPE["data"], 2)
+    refused = 0
+    for _ in range(300):
+        parts = corpus.game().parts[1:]  # requests and replies
+        for (reply, learned), (request, _) in zip(parts[1::2], parts[2::2]):
+            numbers, formula = reply.removesuffix("<|end|>").split(" make 24: ")
+            values = sorted(int(number) for number in numbers.split(", "))
+            assert not learned and gp.grade(formula, values, 24)[1] in request
+            refused += 1
+    assert refused > 100

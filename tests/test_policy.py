@@ -27,7 +27,7 @@ from rollout import Play, evaluate, make_env, training_seeds
 from lib.batching import Sequence
 from lib.training import answer_logprobs, load_state, save_state, token_weights
 
-pretrain = importlib.import_module("mini.pretrain")
+documents = importlib.import_module("mini.documents")
 corpus = importlib.import_module("mini.corpus_gp")
 
 
@@ -549,27 +549,27 @@ def conversation(seed, mistakes=3, **options):
         yield obs, answer
 
 
+def chatted(messages):
+    """The text of mini.documents.chat for messages that end with an answer."""
+    said = [m["content"] for m in messages]
+    return documents.chat(itertools.starmap(documents.Exchange, zip(said[::2], said[1::2]))).text
+
+
 def test_one_bos_and_the_template_of_pretraining(policy):
-    """The backbone was trained on pretrain.render's text: the chat template must say the same."""
+    """The backbone was trained on documents.chat's text: the chat template must say the same."""
     bos, assistant = (
         policy.tokenizer.bos_token,
         policy.tokenizer.convert_tokens_to_ids("<|assistant|>"),
     )
     for obs, answer in conversation(3):
         messages = obs["messages"]
-        for said in (messages, messages + [{"role": "assistant", "content": answer}]):
-            text = policy.tokenizer.apply_chat_template(said, tokenize=False)
-            assert text == pretrain.render(said) and text.startswith(bos) and text.count(bos) == 1
+        said = messages + [{"role": "assistant", "content": answer}]
+        text = policy.tokenizer.apply_chat_template(said, tokenize=False)
+        assert text == chatted(said) and text.startswith(bos) and text.count(bos) == 1
         ids = policy.encode([obs])[0].ids
-        assert (
-            ids.count(policy.tokenizer.bos_token_id) == 1
-            and ids[0] == policy.tokenizer.bos_token_id
-        )
-        assert (
-            ids[-1] == assistant
-            and ids[:-1]
-            == policy.tokenizer(pretrain.render(messages), add_special_tokens=False).input_ids
-        )
+        assert ids.count(policy.tokenizer.bos_token_id) == 1
+        assert ids[0] == policy.tokenizer.bos_token_id and ids[-1] == assistant
+        assert policy.tokenizer(text, add_special_tokens=False).input_ids[: len(ids)] == ids
 
 
 def test_tokenizer_that_adds_a_bos_of_its_own_is_not_let(make_policy):

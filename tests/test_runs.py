@@ -30,10 +30,12 @@ import report
 import rl
 import sft
 from lib import training
+from lib.arms import Comparison
 from lib.loading import load_base
 from lib.runs import Run, checkpoints
 from lib.settings import UserError
 from lib.settings import override as override_one
+from lib.training import load_state
 from policy import Policy
 from rollout import make_env
 
@@ -176,6 +178,23 @@ def test_ppo_starts_from_init_and_its_compute(whole, after_sft):
 
 
 # --------------------------------------------------------------- the same again, undisturbed or not
+def test_sft_begins_at_a_checkpoint_with_its_weights_and_compute(after_sft):
+    """The common start of PPO and of SFT at other rates; eval.py finds it."""
+    folder = run("sft", after_sft, "sft.init=sft/step_2", "sft.lr=1e-9", "sft.steps=1",
+                 "sft.init_step=1")
+    arm = folder / "sft-sft.init=sft_step_2-sft.lr=1e-9"
+    begun, trained = load_state(folder / "sft/step_2"), load_state(arm / "step_1")
+    assert trained["gflops"] > begun["gflops"]
+    weights = load_file(folder / "sft/step_2/adapter_model.safetensors")
+    for name, tensor in load_file(arm / "step_1/adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-8)  # a rate of 1e-9
+    with pytest.raises(UserError, match="sft.init: no checkpoint .*; give .* or sft.init=sft/"):
+        run("sft", after_sft, "sft.init=sft/step_99")
+    comparison = Comparison([folder], "sft/step_2", lambda path: 1.0)
+    names = {arm.name: [start.name for start in arm.starts] for arm in comparison.sft}
+    assert names[arm.name] == ["Init"]
+
+
 def test_same_seed_same_numbers_and_other_seed_others(whole, after_sft, tmp_path):
     assert_same_run(run("sft", tmp_path / "again") / "sft", whole / "sft")
     assert_same_run(run("rl", after_sft) / "rl", whole / "rl")
@@ -364,6 +383,7 @@ from pathlib import Path
 sys.path[:0] = [".", "tests"]
 import test_runs
 from lib import training
+from lib.arms import Comparison
 from lib.loading import load_base
 save = training.save_state
 

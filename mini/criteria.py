@@ -1,0 +1,104 @@
+"""Figures of a backbone and of its Init that mini/criteria.md decides by; no SFT arm, no PPO.
+
+    python sft.py configs/mini/gp_l.yaml model.path=BACKBONE run.dir=RUN sft.steps=60 sft.save_every=10
+    python mini/criteria.py configs/mini/gp_l.yaml model.path=BACKBONE run.dir=RUN
+
+Plays tuning hands or walks (the evaluation's seed plus 100), sampled at the leading temperature: the
+bare backbone, then SFT's checkpoints from the first on until one is Init.
+"""
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gp
+from lib.batching import Sequence
+from lib.runs import arm_name, checkpoints
+from lib.settings import load, run_main
+from mini.documents import SPECIAL
+from policy import Policy
+from rollout import evaluate, evaluation_seeds, make_env
+
+HANDS = 500
+TUNING = 100  # added to the evaluation's seed: its hands are never those of the results
+ILLEGAL = 0.05  # Init: at most so many first answers are illegal, ...
+LEAST = 0.55  # ... and at least so much of the trained rule is solved (GP)
+
+
+def played(policy, cfg, variant, verify_iters):
+    """Records of rollout.evaluate on the tuning problems of a variant."""
+    (split, n), *_ = cfg.eval.splits.items()
+    changes = {**cfg.eval.variants[variant], "split": split}
+    return evaluate(policy, cfg.env, min(n, HANDS), cfg.eval.seed + TUNING, verify_iters,
+                    cfg.eval.temperatures[0], cfg.eval.batch_size, **changes)
+
+
+def share(records, metric):
+    right, of = zip(*[record["counts"][metric] for record in records])
+    return sum(right) / sum(of)
+
+
+def categories(records):
+    """{category: share of first answers}."""
+    turns = list(chain(*[record["turns"] for record in records]))
+    first = [turn.info["category"] for turn in turns if turn.info["attempt"] == 1]
+    return {name: n / len(first) for name, n in Counter(first).most_common()}
+
+
+def in_format(records, key):
+    """Share of all answers that hold the task's key."""
+    turns = list(chain(*[record["turns"] for record in records]))
+    return sum(key in turn.text for turn in turns) / len(turns)
+
+
+def describe(name, records, metrics):
+    shares = ", ".join(f"{metric} {share(records, metric):.1%}" for metric in metrics)
+    kinds = ", ".join(f"{kind} {part:.0%}" for kind, part in categories(records).items())
+    print(f"{name}: {shares}; first answers: {kinds}", flush=True)
+
+
+def puzzles_solved(policy, env, seeds):
+    """Share of hands that the backbone solves as a puzzle line, greedily."""
+    texts = []
+    for seed in seeds:
+        env.reset(seed)
+        numbers = ", ".join(str(env.number[card]) for card in env.cards)
+        texts.append((f"{SPECIAL['bos']}{numbers} make 24: ", env.values))
+    ids = policy.tokenizer([text for text, _ in texts], add_special_tokens=False)["input_ids"]
+    answers = policy.sample([Sequence(prompt, []) for prompt in ids], 0, None)
+    solved = 0
+    for (_, values), answer in zip(texts, answers):
+        formula = policy.decode(answer.ids).split("\n")[0]
+        solved += gp.grade(formula, values, 24)[0] == "correct"
+    return solved / len(texts)
+
+
+def main(arguments):
+    cfg, _, overrides = load(arguments)
+    attempts = cfg.eval.verify_iters
+    env = make_env(cfg.env, attempts)
+    metrics = list(dict.fromkeys(chain(*[metrics for _, _, metrics in env.reports])))
+    policy = Policy(cfg.model, cfg.lora)
+    for variant in cfg.eval.variants:
+        records = played(policy, cfg, variant, 1)
+        print(f"bare, {variant}: {in_format(records, env.answer_key):.1%} in the task's format")
+        print("    such as", repr(records[0]["turns"][0].text))
+    if cfg.env["name"] == "gp":
+        seeds = evaluation_seeds(cfg.eval.seed + TUNING, HANDS)
+        for rule in gp.RULES:
+            solved = puzzles_solved(policy, make_env(cfg.env, 1, rule=rule, image_size=None), seeds)
+            print(f"bare, plain words, hands of rule {rule}: {solved:.1%}", flush=True)
+    for _, path in checkpoints(Path(cfg.run.dir) / arm_name("sft", overrides)):
+        policy.load(path, value_head=False)
+        records = played(policy, cfg, "ID", attempts)
+        describe(f"{path.name}, ID", records, metrics)
+        illegal = categories(records).get("illegal", 0)
+        if illegal <= ILLEGAL and share(records, "solved") >= LEAST:
+            break
+    for variant in list(cfg.eval.variants)[1:]:
+        describe(f"Init = {path.name}, {variant}", played(policy, cfg, variant, attempts), metrics)
+
+
+if __name__ == "__main__":
+    run_main(main)
