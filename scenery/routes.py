@@ -328,8 +328,8 @@ def _official(points, headings, texts, destination, rng, synthetic):
     names = []
     for index, heading in enumerate(headings):
         text = texts[index]
-        info += BLOCK.format(index=index, landmark=text or NONE_NEARBY, metres=distances[index], heading=heading,
-                             word=COMPASS[octant(heading)])
+        info += BLOCK.format(index=index, landmark=text or NONE_NEARBY, metres=distances[index],
+                             heading=heading, word=COMPASS[octant(heading)])
         name = re.sub("^The destination | is on your .*", "", text) if text else None
         names.append(name)
     return {

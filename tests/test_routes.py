@@ -86,8 +86,9 @@ def blocks(route):
     fields = [line.split(": ", 1) for line in lines if ": " in line]
     every = {name: [value.strip('"') for key, value in fields if key == f'"{name}"'] for name in
              ("to_next_intersection_heading", "human_heading", "landmarks")}
-    return [(int(h.split()[0]), h.split("(")[1][:-1], None if text == "No landmark nearby" else text)
-            for h, word, text in zip(*every.values())]
+    landmarks = [None if text == "No landmark nearby" else text for text in every["landmarks"]]
+    headings = every["to_next_intersection_heading"]
+    return [(int(h.split()[0]), h.split("(")[1][:-1], text) for h, text in zip(headings, landmarks)]
 
 
 @lru_cache(maxsize=None)
