@@ -13,9 +13,13 @@ policies stand below the arms (env.references). A cell is played again when the 
 the libraries have changed; not for where and how many side by side it is played (model.device,
 eval.batch_size).
 
-A metric is right / all, summed over episodes. Its 95 % interval is a bootstrap that resamples hands
-or routes within the runs given. It covers the luck of the problems, not that of the training:
-another seed may fall outside.
+Along each training eval.curve_points checkpoints are played in every variant: curves over compute,
+and the frontier, one variant against the trained one (the first). How far PPO's last checkpoint
+lies above the curve of SFT is read at equal FLOPs and where the curve first comes to PPO's ID.
+
+A metric is right / all, summed over episodes. Its 95 % interval counts the luck of the trainings
+and that of the problems: a bootstrap over seeds and over hands or routes (lib/bootstrap.py). Of a
+single seed it is over hands or routes alone, and a note says so.
 
 Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (see
 lib/results.py) and, for the arms in eval.save_merged, ARM/merged: a model folder for any program
@@ -23,6 +27,7 @@ lib/results.py) and, for the arms in eval.save_merged, ARM/merged: a model folde
 """
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
@@ -31,17 +36,18 @@ import time
 from collections import Counter
 from contextlib import suppress
 from functools import cache
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from lib.arms import Comparison, seen_notes, trained_with
+from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
+from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
 from lib.progress import announce, progress_bar
-from lib.results import Estimate, Point, Report, temperature_name
+from lib.results import Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic, writing, written_whole
 from lib.settings import (
     MAY_CHANGE, ROOT, UserError, load, run_main, with_defaults, within_memory)
@@ -49,53 +55,9 @@ from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
 
-RESAMPLES = 2000
-CURVE_POINTS = 8  # checkpoints of an arm that its curve shows
-
-
-# ---------------------------------------------------------------- statistics, pure
-def cluster_weights(clusters, resamples=RESAMPLES, seed=0):
-    """Bootstrap weights of n episodes: whole clusters are drawn with replacement.
-
-    A cluster is a hand (its card values) or a route, with every episode that plays it, in whichever
-    of the pooled runs. The runs themselves are not drawn.
-
-    Args: clusters: n hashable labels.
-    Returns: (resamples, n) float, how often each episode occurs in each resample.
-    """
-    numbers = {}  # label -> its number, in the order of appearance
-    index = torch.tensor([numbers.setdefault(label, len(numbers)) for label in clusters])  # (n,)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(numbers), (resamples, len(numbers)), generator=generator)
-    counts = torch.zeros(resamples, len(numbers))
-    counts.scatter_add_(1, drawn, torch.ones_like(counts))  # how often each cluster was drawn
-    return counts[:, index]  # (resamples, n)
-
-
-def ratios(pairs, weights):
-    """(R,) double: the ratio of sums of n (right, of) pairs under each row of weights (R, n)."""
-    right, of = torch.tensor(pairs, dtype=torch.float32).T  # (n,) each
-    return (weights @ right).double() / (weights @ of)
-
-
-def interval(pairs, weights, base=None):
-    """The ratio of sums of n (right, of) pairs with its 95 % bootstrap interval.
-
-    It says how much the ratio of these checkpoints depends on the hands or routes that they played,
-    not how another training would come out.
-
-    Args: weights: as of `cluster_weights`; base: n pairs of another arm on the same episodes, to
-        take the difference of the two ratios.
-    Returns: Estimate, a share of 1; a resample in which `of` sums to 0 does not count.
-    """
-    once = torch.ones(1, weights.shape[1])  # row 0: every episode once
-    weights = torch.cat([once, weights])  # (1 + resamples, n)
-    values = ratios(pairs, weights)
-    if base is not None:
-        values = values - ratios(base, weights)
-    values = values.float()
-    low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975])).tolist()
-    return Estimate(values[0].item(), low, high)
+KEPT = ("cluster", "counts", "grades")  # of an episode's record
+ONE_SEED = ("one training seed: intervals are over hands or routes alone; another training may "
+            "fall outside")
 
 
 # ---------------------------------------------------------------- table and paired differences
@@ -108,17 +70,84 @@ def columns(episodes):
     return found
 
 
-def estimates(episodes, base=None):
-    """{metric: Estimate in %} of an arm's episodes, or of the difference to a base's same ones."""
-    weights = cluster_weights([episode["cluster"] for episode in episodes])
-    arm_pairs = columns(episodes)
-    base_pairs = columns(base) if base else dict.fromkeys(arm_pairs)
-    found = {}
-    for metric, pairs in arm_pairs.items():
-        if metric in base_pairs:
-            shares = interval(pairs, weights, base_pairs[metric])
-            found[metric] = Estimate(*[100 * share for share in shares])
-    return found
+def in_percent(counts, episodes, statistic):
+    """The Measured of counts (n, K, 2) of n episodes, in % or points."""
+    clusters = [episode["cluster"] for episode in episodes]
+    seeds = [episode["seed"] for episode in episodes]
+    return measure(counts * torch.tensor([100, 1]), clusters, seeds, statistic)
+
+
+def stacked(cells, metric):
+    """(n, K, 2) float: what n episodes count for a metric in each of K cells of `columns`."""
+    return torch.tensor([cell[metric] for cell in cells]).float().transpose(0, 1)
+
+
+def measured(episodes, base=None):
+    """Metrics of an arm's episodes, or of the difference to a base's same ones.
+
+    Returns: {metrics: {name: Estimate}, per_seed: {name: values of the seeds}} in % (points).
+    """
+    cells = [columns(episodes)] if base is None else [columns(episodes), columns(base)]
+    statistic = value if base is None else difference
+    row = {"metrics": {}, "per_seed": {}}
+    for metric in cells[0]:
+        if metric in cells[-1]:
+            found = in_percent(stacked(cells, metric), episodes, statistic)
+            row["metrics"][metric], row["per_seed"][metric] = found
+    return row
+
+
+def grade_shares(episodes):
+    """How an arm's answers were graded, in %, see lib/results.py."""
+    shares, answers = {}, {}
+    for kind in ("first", "retries"):
+        total = Counter()
+        for episode in episodes:
+            total.update(episode["grades"][kind])
+        answers[kind] = total.total()
+        shares[kind] = {name: 100 * n / answers[kind] for name, n in total.most_common()}
+    repeated = sum(episode["grades"]["repeated"] for episode in episodes)
+    shares["repeated"] = 100 * repeated / max(1, answers["retries"])
+    return shares
+
+
+class Checkpoint(NamedTuple):
+    """One of a training, or of several seeds' trainings at the same step, and what it played."""
+    gflops: float  # mean
+    episodes: list
+
+
+def point_of(checkpoint, lead):
+    """The Point on a curve of the metric `lead`."""
+    found = measured(checkpoint.episodes)
+    recognition = found["metrics"]["recognized"].value
+    per_seed = list(zip(found["per_seed"][lead], found["per_seed"]["recognized"]))
+    return Point(checkpoint.gflops, *found["metrics"][lead], recognition, per_seed)
+
+
+def above_curve(trained, other, metric):
+    """How far an arm lies above a curve of SFT in another variant than the trained one.
+
+    Args: trained, other: the curve's Checkpoints in the two variants, in order, the arm's last.
+    Returns: as `measured`, in points, of "equal FLOPs" and "equal ID": where the curve first comes
+        to the arm's compute, and to its metric in the trained variant. One that it never comes to
+        is left out.
+    """
+    parts = []
+    for checkpoints in (trained, other):
+        cells = [columns(checkpoint.episodes) for checkpoint in checkpoints]
+        parts.append(stacked(cells, metric))  # (n, k + 1, 2)
+    rest = map(torch.zeros_like, parts)  # what is not played in the other variant
+    halves = [torch.cat([parts[0], next(rest)], 1), torch.cat([next(rest), parts[1]], 1)]
+    counts = torch.cat(halves)  # (n + n, 2 (k + 1), 2)
+    episodes = trained[0].episodes + other[0].episodes
+    gflops = torch.tensor([checkpoint.gflops for checkpoint in trained]).double()
+    row = {"metrics": {}, "per_seed": {}}
+    for name, x in (("equal FLOPs", gflops), ("equal ID", None)):
+        found = in_percent(counts, episodes, gap_along(x))
+        if found.estimate:
+            row["metrics"][name], row["per_seed"][name] = found
+    return row
 
 
 class Place(NamedTuple):
@@ -126,14 +155,15 @@ class Place(NamedTuple):
     split: str
     variant: str  # of the environment
     arm: str  # or a reference policy
-    temperature: float | None  # None: a reference policy, which samples nothing
+    temperature: float | Nucleus | None  # None: a reference policy, which samples nothing
 
 
 def summarize(cells):
     """Rows of the table, see lib/results.py. Args: cells: {Place: episodes}."""
     rows = []
     for place, episodes in cells.items():
-        rows.append({**place._asdict(), "n": len(episodes), "metrics": estimates(episodes)})
+        rows.append({**place._asdict(), "n": len(episodes), **measured(episodes),
+                     "grades": grade_shares(episodes)})
     return rows
 
 
@@ -145,8 +175,8 @@ def differences(cells, pairs):
     rows = []
     sampled = [place._replace(arm=None) for place in cells if place.temperature is not None]
     for place, (arm, base) in product(dict.fromkeys(sampled), pairs):
-        found = estimates(cells[place._replace(arm=arm)], cells[place._replace(arm=base)])
-        rows.append({**place._asdict(), "arm": arm, "base": base, "metrics": found})
+        found = measured(cells[place._replace(arm=arm)], cells[place._replace(arm=base)])
+        rows.append({**place._asdict(), "arm": arm, "base": base, **found})
     return rows
 
 
@@ -209,11 +239,11 @@ def save_merged(checkpoint, cfg, folder):
 class EvaluatedRun:
     """A run folder and its cells, each played once and kept in evaluations.jsonl (lib/cells.py).
 
-    A cell is a list of episodes {cluster, counts}, see rollout.counts.
+    A cell is a list of episodes {cluster, counts, grades, seed: of the training}, see rollout.py.
     """
 
-    def __init__(self, folder, cfg, loader):
-        self.folder, self.cfg, self.loader = folder, cfg, loader
+    def __init__(self, folder, cfg, loader, seed):
+        self.folder, self.cfg, self.loader, self.seed = folder, cfg, loader, seed
         self.cells = Cells(folder / "evaluations.jsonl")
 
     def cell(self, place, scene, checkpoint, n, bar):
@@ -231,12 +261,12 @@ class EvaluatedRun:
         episodes = self.cells.find(key, made_by(scene.env, model))
         if episodes is not None:
             bar.update(n)
-            return episodes
-        episodes = []
-        for record in self.play(place, scene, checkpoint, n, bar):
-            episodes.append({"cluster": record["cluster"], "counts": record["counts"]})
-        self.cells.add(key, made_by(scene.env, model), episodes)  # by now a hub's model is here
-        return episodes
+        else:
+            episodes = []
+            for record in self.play(place, scene, checkpoint, n, bar):
+                episodes.append({part: record[part] for part in KEPT})
+            self.cells.add(key, made_by(scene.env, model), episodes)  # a hub's model is here now
+        return [{**episode, "seed": self.seed} for episode in episodes]
 
     def play(self, place, scene, checkpoint, n, bar=None):
         """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
@@ -261,7 +291,8 @@ class Scene(NamedTuple):
 class Evaluation:
     """The runs of one or several seeds, what is played in each, and how far that is.
 
-    Attributes: scenes: {(split, variant): Scene}; places: of the table, in its order.
+    Attributes: seeds: those of the runs, each once; temperatures: numbers and Nucleus; scenes:
+        {(split, variant): Scene}; places: of the table, in its order.
     Raises: UserError if a run has no arms, or eval.save_merged names one that not all runs have.
     """
 
@@ -269,13 +300,22 @@ class Evaluation:
         e = self.e = cfg.eval
         folders = [Path(folder) for folder in e.runs or [cfg.run.dir]]
         self.gflops = cache(lambda checkpoint: load_state(checkpoint)["gflops"])
+        self.official = cache(lambda checkpoint: load_state(checkpoint)["official_gflops"])
         self.comparison = Comparison(folders, cfg.ppo.init, self.gflops)
         self.shown = {arm.name: arm.checkpoints for arm in self.comparison.arms}
         for name in e.save_merged:
             if name not in self.shown:
                 raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.shown)}")
         loader = Loader(cfg)
-        self.runs = [EvaluatedRun(folder, cfg, loader) for folder in folders]
+        seeds = list(map(seed_of, self.comparison.arms[0].checkpoints))
+        self.seeds = list(dict.fromkeys(seeds))
+        self.runs = []
+        for folder, seed in zip(folders, seeds):
+            self.runs.append(EvaluatedRun(folder, cfg, loader, seed))
+        self.temperatures = []
+        for sampling in e.temperatures:
+            truncated = isinstance(sampling, dict)
+            self.temperatures.append(Nucleus(**sampling) if truncated else sampling)
         self.scenes, self.places = {}, []
         self.reports = None  # those that the environments of all variants have
         for split, variant in product(e.splits, e.variants):
@@ -293,7 +333,7 @@ class Evaluation:
         if (played, variant) in self.scenes:
             return
         self.scenes[played, variant] = Scene(env_settings, self.e.splits[split])
-        arms = product(self.shown, self.e.temperatures)
+        arms = product(self.shown, self.temperatures)
         for player in [*arms, *product(env.references, [None])]:
             self.places.append(Place(played, variant, *player))
         names = [name for name, *_ in env.reports]
@@ -307,7 +347,8 @@ class Evaluation:
             points[init.name] = [init.checkpoints]
         for training in self.comparison.trainings:
             steps = list(zip(*training.checkpoints))  # as far as all runs come
-            spread = torch.linspace(0, len(steps) - 1, min(len(steps), CURVE_POINTS))
+            wanted = min(len(steps), self.e.curve_points or len(steps))
+            spread = torch.linspace(0, len(steps) - 1, wanted)
             points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
         return points
 
@@ -317,39 +358,56 @@ class Evaluation:
     def leading_place(self, arm, variant):
         """Of an arm at the first split and temperature."""
         split = next(split for split, other in self.scenes if other == variant)
-        return Place(split, variant, arm, self.e.temperatures[0])
+        return Place(split, variant, arm, self.temperatures[0])
 
-    def tables(self):
-        """{run folder: {Place: episodes}}."""
-        tables = {}
-        for nth, run in enumerate(self.runs):
-            tables[str(run.folder)] = cells = {}
-            for place in self.places:
-                checkpoint = self.shown[place.arm][nth] if place.arm in self.shown else None
-                scene = self.scene(place)
-                cells[place] = run.cell(place, scene, checkpoint, scene.n, self.bar)
-        return tables
-
-    def point(self, place, checkpoints):
-        """The Point of checkpoints, one per run; its compute is the mean over the runs."""
-        episodes = []
-        for run, checkpoint in zip(self.runs, checkpoints):
-            episodes += run.cell(place, self.scene(place), checkpoint, self.e.curve_n, self.bar)
-        recognized, asked = map(sum, zip(*columns(episodes)["recognized"]))
-        estimate = estimates(episodes)[self.reports[0].lead]
-        gflops = self.comparison.mean_gflops(checkpoints)
-        return Point(gflops, *estimate, 100 * (recognized / asked))
+    def table(self):
+        """{Place: episodes of all runs}."""
+        cells = {place: [] for place in self.places}
+        for (nth, run), place in product(enumerate(self.runs), self.places):
+            checkpoint = self.shown[place.arm][nth] if place.arm in self.shown else None
+            scene = self.scene(place)
+            cells[place] += run.cell(place, scene, checkpoint, scene.n, self.bar)
+        return cells
 
     def curve(self, variant):
-        """{Init or training: Points in the order of training}; that of PPO begins at its Init."""
+        """{Init or training: its Checkpoints in order, with the Init that it began from}."""
         curve = {}
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
-            curve[name] = [self.point(place, checkpoints) for checkpoints in points]
-        for arm in self.comparison.ppo:
-            if arm.starts and curve:
-                curve[arm.name] = curve[arm.starts[0].name] + curve[arm.name]
+            curve[name] = [self.checkpoint(place, paths) for paths in points]
+        for name, init in self.comparison.starts_elsewhere().items():
+            if curve:
+                curve[name] = curve[init] + curve[name]
         return curve
+
+    def checkpoint(self, place, paths):
+        """The Checkpoint of all runs, whose paths these are."""
+        episodes = []
+        for run, path in zip(self.runs, paths):
+            episodes += run.cell(place, self.scene(place), path, self.e.curve_n, self.bar)
+        return Checkpoint(self.comparison.mean_gflops(paths), episodes)
+
+    def points(self, curves):
+        """{variant: {Init or training: Points}}. Args: curves: {variant: as of `curve`}."""
+        lead, points = self.reports[0].lead, {}
+        for variant, curve in curves.items():
+            points[variant] = found = {}
+            for name, checkpoints in curve.items():
+                found[name] = [point_of(checkpoint, lead) for checkpoint in checkpoints]
+        return points
+
+    def frontier(self, curves):
+        """Rows of how far PPO lies above SFT, see lib/results.py, in the variants after the first,
+        which is the trained one. Args: curves: {variant: as of `curve`}."""
+        (_, trained), *others = curves.items()
+        sft = [name for name, points in trained.items()
+               if name.startswith("sft") and len(points) > 1]
+        rows = []
+        for (variant, other), arm, base in product(others, self.comparison.ppo, sft):
+            both = [[*curve[base], curve[arm.name][-1]] for curve in (trained, other)]
+            found = above_curve(*both, self.reports[0].lead)
+            rows.append({"variant": variant, "arm": arm.name, "base": base, **found})
+        return rows
 
     def transcripts(self):
         """Episodes of each arm of the first run, at the first split and temperature."""
@@ -393,33 +451,33 @@ def main(arguments):
     folders = ", ".join(e.runs or [cfg.run.dir])
     announce("eval.py", cfg, f"plays the arms of {folders} -> {out}/evaluation.json")
     evaluation = Evaluation(cfg)
-    runs, pairs, tables = evaluation.runs, evaluation.comparison.pairs(), evaluation.tables()
-    pooled = {}
-    for place in evaluation.places:
-        pooled[place] = list(chain(*[table[place] for table in tables.values()]))
-    gflops = {}
-    for arm in evaluation.comparison.arms:
-        gflops[arm.name] = evaluation.comparison.mean_gflops(arm.checkpoints)
-    first_arm = evaluation.comparison.arms[0]
+    cells = evaluation.table()
+    comparison = evaluation.comparison
+    gflops, official = {}, {}
+    for arm in comparison.arms:
+        gflops[arm.name] = comparison.mean_gflops(arm.checkpoints)
+        counted = sum(map(evaluation.official, arm.checkpoints)) / len(arm.checkpoints)
+        official[arm.name] = None if math.isnan(counted) else counted
     splits = {split: scene.n for (split, _), scene in evaluation.scenes.items()}
     curves = {variant: evaluation.curve(variant) for variant in e.variants}
-    notes = evaluation.comparison.notes + seen_notes(evaluation.comparison.arms, splits)
+    points = evaluation.points(curves)
+    notes = comparison.notes + official_notes(comparison, official)
+    notes += seen_notes(comparison.arms, splits)
+    if len(evaluation.seeds) == 1:
+        notes.append(ONE_SEED)
     result = {
-        "runs": list(tables),
-        "seeds": [trained_with(path)["run"]["seed"] for path in first_arm.checkpoints],
+        "runs": [str(run.folder) for run in evaluation.runs],
+        "seeds": [seed.training for seed in evaluation.seeds],
         **provenance(),
         "reports": [report._asdict() for report in evaluation.reports],
         "splits": splits, "variants": e.variants,
-        "temperatures": e.temperatures, "curve_n": e.curve_n,
-        "gflops": gflops, "notes": notes,
-        "table": summarize(pooled),
-        "differences": differences(pooled, pairs),
-        "per_run": {},
-        "curves": curves,
+        "temperatures": evaluation.temperatures, "curve_n": e.curve_n,
+        "gflops": gflops, "official_gflops": official, "notes": notes,
+        "table": summarize(cells),
+        "differences": differences(cells, comparison.pairs()),
+        "curves": points,
+        "frontier": evaluation.frontier(curves) if e.curve_n else [],
     }
-    if len(runs) > 1:
-        for folder, table in tables.items():
-            result["per_run"][folder] = differences(table, pairs)
     evaluation.bar.close()
     if e.transcripts:
         result["transcripts"] = evaluation.transcripts()

@@ -25,7 +25,7 @@ from functools import partial
 
 # ours first: lib sets up the libraries before they start
 from lib.batching import micro_batches
-from lib.decoding import Decoding, join
+from lib.decoding import Decoding, join, truncated
 from lib.families import text_only
 from lib.images import ImageFeatures
 from lib.loading import load_base
@@ -33,6 +33,7 @@ from lib.lora import add_lora, learn_densely, lora_layers, merged_weights
 from lib.padding import answer_tokens, pad_left, pad_right
 from lib.prompts import PromptEncoder
 from lib.random_weights import FilledPromptEncoder
+from lib.results import Nucleus
 from lib.settings import UserError
 from lib.weights import load_weights, save_merged, save_weights
 
@@ -67,9 +68,11 @@ def token_logprobs(logits, ids, temperature=1.0):
     Args: logits (A, V); ids (A,); temperature > 0.
     Returns: (A,) log-probs in nats, (A,) entropies in nats. fp32.
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, -1)  # (A, V)
+    scaled = logits.float() / temperature
+    logprobs = torch.log_softmax(scaled, -1)  # (A, V)
     chosen = logprobs.gather(-1, ids[:, None]).squeeze(-1)  # (A,)
-    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)  # (A,); 0 * inf is no number
+    probabilities = torch.softmax(scaled, -1)  # exp(logprobs) takes 20 times as long near 0
+    entropy = -(probabilities * logprobs.clamp(min=-1e9)).sum(-1)  # (A,); 0 * inf is no number
     return chosen, entropy
 
 
@@ -107,6 +110,7 @@ class Policy:
     Attributes:
         trainable: {name: parameter} of what learns, the value head apart.
         tokens: processed so far, by PHASES; images are counted in patches.
+        beyond: tokens that the official code would count in addition (`official_flops`).
         exact: sampling and scoring agree to rounding; in 16 bits they do not (see rl.py).
     Raises: UserError for a model that cannot be loaded or a device that is not there.
     """
@@ -128,6 +132,7 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.exact = self.base.dtype == torch.float32
         self.tokens = dict.fromkeys(PHASES, 0)
+        self.beyond = {"train": 0, "inference": 0}
         if self.exact and self.merge_for_sampling:  # there is room for dense weights
             learn_densely(lora_layers(self.net))
         if self.checkpointing:
@@ -186,7 +191,8 @@ class Policy:
 
         Args:
             prompts: list of N Sequences; a batch has at most model.sample_tokens padded tokens.
-            temperature: 0 = greedy. generator: torch.Generator on the policy's device.
+            temperature: 0 = greedy; a Nucleus (lib/results.py) truncates, as for evaluation alone.
+            generator: torch.Generator on the policy's device.
         Returns: list of N Answers. One that reaches max_new_tokens has no end-of-turn token.
         """
         limit = max_new_tokens or self.max_new_tokens
@@ -233,6 +239,8 @@ class Policy:
         if (largest.isnan() | largest.isinf()).any():  # on a GPU, multinomial would end the process
             raise UserError("the policy has no finite logits to sample from; if it was trained, "
                             "lower sft.lr or ppo.lr (the last checkpoint is intact)")
+        if isinstance(temperature, Nucleus):
+            logits, temperature = truncated(logits / temperature.T, temperature.top_p), 1.0
         if temperature:
             probabilities = torch.softmax(logits / temperature, -1)
             tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -246,6 +254,7 @@ class Policy:
         while the cache of all grows. Returns: last hidden states (N, C), Decoding."""
         features = self._features([p.image for p in prompts])
         self.tokens["inference"] += sum(len(p.ids) for p in prompts)
+        self._count_beyond("inference", prompts, features)
         rows = self._rows_at_once(prompts)
         states, parts = [], []
         for start in range(0, len(prompts), rows):
@@ -331,6 +340,7 @@ class Policy:
             self.net.train()
         try:
             features = self._features([s.image for s in sequences])
+            self._count_beyond("train" if learning else "inference", sequences, features)
             inputs = self._text_inputs(ids, mask, features)
             out = self.family.text_model(attention_mask=mask, use_cache=False, **inputs.prompt)
         finally:
@@ -382,6 +392,15 @@ class Policy:
         self.tokens["train_patches" if learning else "inference_patches"] += patches
         return features
 
+    def _count_beyond(self, phase, sequences, features):
+        """Count what the official code would beyond `tokens`: every prefix of a conversation up to
+        the end of an answer anew, and an image that is one token in each of them by its patches."""
+        for sequence, image in zip(sequences, features):
+            ends = [end for _, end in sequence.spans] or [len(sequence.ids)]
+            self.beyond[phase] += sum(ends) - len(sequence.ids)
+            if image is not None and sequence.ids.count(self.family.image_token) == 1:
+                self.beyond[phase] += len(ends) * (self.family.count_patches(image) - 1)
+
     def _autocast(self):
         """A 16-bit base computes LoRA in its own dtype, whose weights and gradients are fp32."""
         return torch.autocast(self.device.type, self.base.dtype, enabled=not self.exact)
@@ -396,6 +415,13 @@ class Policy:
         tokens = 6 * self.tokens["train"] + 2 * self.tokens["inference"]
         patches = 6 * self.tokens["train_patches"] + 2 * self.tokens["inference_patches"]
         return self.parameters * tokens + self.parameters_vision * patches
+
+    def official_flops(self):
+        """As the official code counts: all tokens, visual ones too, at the whole model's N, and
+        every prefix of a conversation anew. NaN for a run that began before this was counted."""
+        train = self.tokens["train"] + self.beyond["train"]
+        inference = self.tokens["inference"] + self.beyond["inference"]
+        return self.parameters * (6 * train + 2 * inference)
 
     def snapshot(self):
         """A copy of the trainable weights: the start that a KL penalty refers to."""

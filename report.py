@@ -1,7 +1,8 @@
 """Show what eval.py found, intervals included: reads its JSON, no model.
 
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
-                                                             evaluation.png (Figures 5, 7, 8)
+                                                             evaluation.png (Figures 5, 7, 8) and
+                                                             frontier.png (OOD against ID)
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
     python report.py --documents                             rewrites blocks and figures of
                                                              README.md and docs/*.md
@@ -17,8 +18,10 @@ A generated block stands between two comments. The first names the block and, as
     ... (written here) ...
     <!-- end -->
 
-Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), trainings
-(differences by seed, and those of an earlier training), grid (arms against variants), figure.
+Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
+of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
+answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
+{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve).
 """
 import argparse
 import json
@@ -27,10 +30,11 @@ import re
 from itertools import chain, cycle, product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import yaml
 
-from lib.results import Estimate, Report, temperature_name
+from lib.results import Estimate, Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 
@@ -39,6 +43,15 @@ NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
 OTHER_COLORS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
                 "tab:cyan", "tab:gray")
+STYLES = {  # of the trainings on a frontier: colours that the colour-blind tell apart, and markers
+    "Init": [{"color": "black", "marker": "*", "markersize": 7, "linestyle": "none", "zorder": 4}],
+    "sft": [{"color": "#c4442a", "marker": "o"}, {"color": "#e69f00", "marker": "s"},
+            {"color": "#cc79a7", "marker": "D"}, {"color": "#7f3c00", "marker": "P"}],
+    "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
+           {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
+}
+GRADES = {"first": "first attempts", "retries": "retries"}
+FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
     "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
@@ -58,16 +71,28 @@ def read(path):
         raise UserError(f"cannot read {path}: run eval.py first") from None
     if "reports" not in stored:
         raise UserError(f"{path} is of an older version: run eval.py again")
-    return SimpleNamespace(**{"transcripts": [], "notes": [], **stored})
+    stored["temperatures"] = [as_temperature(one) for one in stored["temperatures"]]
+    for arms in stored["curves"].values():
+        for arm, points in arms.items():
+            arms[arm] = [Point(*numbers) for numbers in points]
+    older = {"transcripts": [], "notes": [], "frontier": [], "official_gflops": {}}
+    return SimpleNamespace(**{**older, **stored})
 
 
 def as_class(stored):
     """A JSON object: a Report, or what it was, the metrics of a row as Estimates."""
     if "title" in stored:
         return Report(**stored)
+    if "temperature" in stored:
+        stored["temperature"] = as_temperature(stored["temperature"])
     for name, numbers in stored.get("metrics", {}).items():
         stored["metrics"][name] = Estimate(*numbers)
+        stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
     return stored
+
+
+def as_temperature(stored):
+    return Nucleus(*stored) if isinstance(stored, list) else stored
 
 
 # ---------------------------------------------------------------- tables on screen
@@ -96,6 +121,7 @@ def table_lines(results):
     """The table, a block per split and report: of every variant the arms, then the references."""
     variant_width = max(map(len, results.variants)) + 2
     arm_width = max(len(row["arm"]) for row in results.table) + 2
+    official = "  as official" if any(results.official_gflops.values()) else ""
     lines = []
     for split, report in product(results.splits, results.reports):
         found = [row for row in results.table if row["split"] == split]
@@ -104,15 +130,16 @@ def table_lines(results):
         for temperature in results.temperatures:
             head += f"{temperature_name(temperature):^{cell_width}}"
         title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
-        lines += ["", title, head + "   model GFLOPs"]
+        lines += ["", title, f"{head}   model GFLOPs{official}"]
         before = None
         for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
             shown = "" if variant == before else variant
             line = f"{shown:{variant_width}}{arm:{arm_width}}"
             for row in by_temperature.values():
                 line += f"{cell_text(row, report.metrics):>{cell_width}}"
-            if arm in results.gflops:
-                line += f"{results.gflops[arm]:13,.0f}"
+            for counted in (results.gflops, results.official_gflops):
+                if counted.get(arm) is not None:
+                    line += f"{counted[arm]:13,.0f}"
             lines.append(line.rstrip())
             before = variant
     return lines
@@ -142,6 +169,77 @@ def difference_lines(results):
     return lines
 
 
+def aligned(rows, left):
+    """Rows of texts as lines in columns: the first `left` flush left, the others flush right."""
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    lines = []
+    for cells in rows:
+        line = "".join(map(str.ljust, cells[:left], widths))
+        line += "".join(map(str.rjust, cells[left:], widths[left:]))
+        lines.append(line.rstrip())
+    return lines
+
+
+def seed_lines(results):
+    """Leading metrics of the arms and of their differences: together, and of each seed."""
+    temperature = results.temperatures[0]
+    seeds = [f"seed {seed}" for seed in results.seeds]
+    lines = []
+    for report in results.reports:
+        body = [["", "", "", "together", "mean of seeds", *seeds]]
+        for row in results.table + results.differences:
+            each = row["per_seed"].get(report.lead)
+            if each and row["temperature"] == temperature:
+                numbers = [row["metrics"][report.lead].value, mean(each), *each]
+                body.append([row["split"], row["variant"], who(row), *map(number_text, numbers)])
+        lines += ["", f"{report.name} by seed, {temperature_name(temperature)}"]
+        lines += aligned(body, left=3)
+    return lines
+
+
+def number_text(number):
+    return "-" if number is None else f"{number:.1f}"
+
+
+def grade_rows(results, split):
+    """How the arms' answers were graded at the first temperature: rows of texts, a head first."""
+    rows = []
+    for row in results.table:
+        if row["split"] == split and row["temperature"] == results.temperatures[0]:
+            rows.append(row)
+    categories = {}  # in the order of appearance
+    for kind, row in product(GRADES, rows):
+        categories.update(row["grades"][kind])
+    body = [["answers, %", "", "", *categories, "repeated"]]
+    for kind, row in product(GRADES, rows):
+        shares = row["grades"][kind]
+        numbers = [f"{shares.get(name, 0):.1f}" for name in categories]
+        repeated = f"{row['grades']['repeated']:.1f}" if kind == "retries" else ""
+        body.append([GRADES[kind], row["variant"], row["arm"], *numbers, repeated])
+    return body
+
+
+def grade_lines(results):
+    """`grade_rows` of every split, where they were counted."""
+    lines = []
+    known = "grades" in results.table[0]
+    for split in results.splits if known else ():
+        temperature = temperature_name(results.temperatures[0])
+        lines += ["", f"{split}: grades of the answers, {temperature}"]
+        lines += aligned(grade_rows(results, split), left=3)
+    return lines
+
+
+def who(row):
+    return f"{row['arm']} - {row['base']}" if "base" in row else row["arm"]
+
+
+def mean(per_seed):
+    """Of the seeds in which there was something to measure."""
+    known = [one for one in per_seed if one is not None]
+    return sum(known) / len(known)
+
+
 def print_transcripts(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
     temperature = temperature_name(results.temperatures[0])
@@ -152,6 +250,30 @@ def print_transcripts(results):
                 print(f"  {turn['answer']}")
                 print(f"    -> {turn['reward']:+g} {turn['verifier'] or 'correct'}")
             print()
+
+
+def gap_rows(results):
+    """How far PPO lies above each SFT training's curve: rows of texts, a head first."""
+    rows = [["points", "", *[f"at {at}" for at in FRONTIER]]]
+    for row in results.frontier:
+        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
+        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
+        rows.append([row["variant"], pair, *cells])
+    return rows
+
+
+def gap_lines(results):
+    title = f"RL above the curve of SFT, {results.reports[0].name} [95 % interval]"
+    temperature = temperature_name(results.temperatures[0])
+    size = f"{temperature}, {results.curve_n} episodes per seed and point"
+    return ["", f"{title}, {size}", *aligned(gap_rows(results), left=2)]
+
+
+def signed_text(estimate):
+    """A difference with its interval."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
@@ -171,7 +293,7 @@ def draw(results, path):
     figure, axes = plt.subplots(len(variants), columns, sharex="col", squeeze=False,
                                 figsize=(5 * columns, 2.7 * len(variants)))
     everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
-    most_gflops, *_ = max(everywhere)
+    most_gflops = max(point.gflops for point in everywhere)
     others = cycle(OTHER_COLORS)
     colors = {arm: COLORS.get(arm) or next(others) for arm in results.curves[next(iter(variants))]}
     for panels, variant in zip(axes, variants):
@@ -198,10 +320,10 @@ def draw(results, path):
 def draw_arm(panels, arm, points, color, most_gflops):
     """An arm's Points: a curve with its 95 % band over compute, then dots over recognition.
 
-    The dots are the fuller the more compute was spent. Init is a star.
+    The dots are the fuller the more compute was spent. Init is a star. Each seed has small dots.
     """
-    gflops, value, low, high, recognition = zip(*points)
-    name = NAMES.get(arm, arm)
+    gflops, value, low, high, recognition, _ = zip(*points)
+    name = training_name(arm)
     compute, *others = panels
     if arm.startswith("Init"):
         compute.plot(gflops, value, "*", color=color, label=name, markersize=12, zorder=5)
@@ -213,11 +335,71 @@ def draw_arm(panels, arm, points, color, most_gflops):
         dots = {"s": 30, "alpha": opacity, "zorder": 2}
     for panel in others:
         panel.scatter(recognition, value, color=color, **dots)
+    for point in points:
+        for seed_value, seed_recognition in point.per_seed:
+            for panel, x in zip(panels, (point.gflops, seed_recognition)):
+                panel.plot(x, seed_value, ".", color=color, markersize=2, alpha=0.6)
+
+
+# ---------------------------------------------------------------- the frontier
+class Panel(NamedTuple):
+    """One variant's leading metric against that of the first variant, which is the trained one."""
+    title: str
+    results: SimpleNamespace
+    variant: str
+
+
+def draw_frontier(panels, path):
+    """A line per training through its checkpoints, from Init, a star: thick for all seeds together,
+    thin for each. The last checkpoint is the largest."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), squeeze=False,
+                                figsize=(4.5 * len(panels), 4.2))
+    for axis, panel in zip(axes[0], panels):
+        trained = next(iter(panel.results.variants))
+        looks = {kind: cycle(styles) for kind, styles in STYLES.items()}
+        for arm, points in panel.results.curves[trained].items():
+            kind = re.match(r"[^-@ ]*", arm)[0]
+            thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
+            thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
+            others = panel.results.curves[panel.variant][arm]
+            x, y = [[point.value for point in path] for path in (points, others)]
+            draw_path(axis, x, y, **thick, label=training_name(arm))
+            for x, y in zip(paths_of_seeds(points), paths_of_seeds(others)):
+                draw_path(axis, x, y, **thin)
+        axis.set_title(panel.title)
+        axis.set_xlabel(f"{trained}: {panel.results.reports[0].name} %")
+        axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_path(axis, x, y, **look):
+    (line,) = axis.plot(x, y, **look)
+    look.update(markersize=2 * line.get_markersize(), label=None)
+    axis.plot(x[-1:], y[-1:], **look)
+
+
+def paths_of_seeds(points):
+    """Per seed the values of the metric at each of the Points."""
+    per_point = [[value for value, _ in point.per_seed] for point in points]
+    return zip(*per_point)
+
+
+def training_name(arm):
+    """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4."""
+    kind, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
+    return ", ".join([NAMES.get(kind, kind), *settings])
 
 
 # ---------------------------------------------------------------- blocks of the documents
 def pick(rows, place, **wanted):
-    """The Estimate at a place [split, variant, metric] of the row that has what is wanted.
+    """The row at a place [split, variant, metric] that has what is wanted.
 
     Raises: UserError if there is none.
     """
@@ -225,7 +407,7 @@ def pick(rows, place, **wanted):
     wanted.update(split=split, variant=variant)
     for row in rows:
         if wanted.items() <= row.items() and metric in row["metrics"]:
-            return row["metrics"][metric]
+            return row
     raise UserError(f"no {metric} of {wanted}")
 
 
@@ -237,22 +419,27 @@ def markdown(head, body):
 
 def value_text(results, place, arm, greedy=True):
     """An arm's value with half its interval, and the greedy one in brackets if that was played."""
-    estimate = pick(results.table, place, arm=arm, temperature=results.temperatures[0])
+    estimate = arm_value(results, place, arm, results.temperatures[0])
     text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
     if greedy and 0 in results.temperatures[1:]:
-        text += f" ({pick(results.table, place, arm=arm, temperature=0).value:.1f})"
+        text += f" ({arm_value(results, place, arm, 0).value:.1f})"
     return text
 
 
-def gap(results, rows, place, pair):
-    """The Estimate of a paired difference among the rows, at the first temperature."""
+def arm_value(results, place, arm, temperature):
+    """The Estimate of an arm."""
+    return pick(results.table, place, arm=arm, temperature=temperature)["metrics"][place[-1]]
+
+
+def gap(results, place, pair):
+    """The row of a paired difference, at the first temperature."""
     arm, base = pair
-    return pick(rows, place, arm=arm, base=base, temperature=results.temperatures[0])
+    wanted = {"arm": arm, "base": base, "temperature": results.temperatures[0]}
+    return pick(results.differences, place, **wanted)
 
 
 def gap_text(results, place, pair):
-    found = gap(results, results.differences, place, pair)
-    return f"{found.value:+.1f} [{found.low:.1f}, {found.high:.1f}]"
+    return signed_text(gap(results, place, pair)["metrics"][place[-1]])
 
 
 def pair_name(pair):
@@ -292,6 +479,9 @@ def table_block(fields, folder):
         body.append(cells)
     compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
     body.append(["model GFLOPs", *compute, "", "", ""])
+    if any(results.official_gflops.values()):
+        official = [f"{results.official_gflops[arm]:,.0f}" for arm in NAMES]
+        body.append(["GFLOPs as the official code counts", *official, "", "", ""])
     notes = [f"\nNote: {note}." for note in results.notes]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
 
@@ -299,17 +489,43 @@ def table_block(fields, folder):
 def trainings_block(fields, folder):
     """How far trainings differ: differences by seed, then those of the earlier training."""
     now = read(ROOT / fields["source"])
-    before = SimpleNamespace(**{**vars(now), "per_run": {}, **now.earlier})
+    before = SimpleNamespace(**{**vars(now), **now.earlier})
     body = []
     for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
         cells = [f"{label}: {pair_name(pair)}"]
         for training in (now, before):
-            each = [gap(now, rows, place, pair).value for rows in training.per_run.values()]
+            each = gap(training, place, pair)["per_seed"][place[-1]]
             by_seed = ", ".join(f"{value:+.1f}" for value in each)
             cells += [gap_text(training, place, pair), by_seed or "not kept"]
         body.append(cells)
     seeds = "seeds " + ", ".join(map(str, now.seeds))
     return markdown(["points", "this training", seeds, "earlier training", seeds], body)
+
+
+def seeds_block(fields, folder):
+    """Of each arm and paired difference: all seeds together, their mean, each."""
+    results = read(ROOT / fields["source"])
+    wanted = {"temperature": results.temperatures[0]}
+    body = []
+    for label, place in fields["rows"].items():
+        rows = {}
+        for arm, name in NAMES.items():
+            rows[name] = pick(results.table, place, arm=arm, **wanted)
+        for pair in PAIRS:
+            rows[pair_name(pair)] = gap(results, place, pair)
+        for name, row in rows.items():
+            estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
+            interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+            by_seed = ["-" if one is None else f"{one:.1f}" for one in each]
+            body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed)])
+    seeds = "seeds " + ", ".join(map(str, results.seeds))
+    return markdown(["% or points", "all together", "mean of seeds", seeds], body)
+
+
+def grades_block(fields, folder):
+    """How the arms' answers were graded, of first attempts and of retries."""
+    head, *body = grade_rows(read(ROOT / fields["source"]), fields["split"])
+    return markdown(head, body)
 
 
 def grid_block(fields, folder):
@@ -320,9 +536,9 @@ def grid_block(fields, folder):
     for label, arm in fields["rows"].items():
         cells = [label]
         for variant in results.variants:
-            wanted = {"arm": arm, "temperature": results.temperatures[0]}
-            a = pick(results.table, [fields["split"], variant, first], **wanted)
-            b = pick(results.table, [fields["split"], variant, second], **wanted)
+            place, temperature = [fields["split"], variant], results.temperatures[0]
+            a = arm_value(results, [*place, first], arm, temperature)
+            b = arm_value(results, [*place, second], arm, temperature)
             cells.append(f"{a.value:.0f} ({b.value:.0f})")
         body.append(cells)
     return markdown([fields["head"], *results.variants], body)
@@ -338,8 +554,37 @@ def figure_block(fields, folder):
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
-BLOCKS = {"headline": headline_block, "table": table_block, "trainings": trainings_block,
-          "grid": grid_block, "figure": figure_block}
+def panels_of(fields):
+    """The Panels of a frontier block."""
+    panels = []
+    for title, source in fields["sources"].items():
+        results = read(ROOT / source)
+        for variant in list(results.variants)[1:]:
+            if variant in fields.get("variants", results.variants):
+                panels.append(Panel(title, results, variant))
+    return panels
+
+
+def frontier_block(fields, folder):
+    """A picture of variants against the trained one, and how many episodes are behind it."""
+    link = os.path.relpath(ROOT / fields["image"], folder)
+    behind = {panel.title: panel.results for panel in panels_of(fields)}
+    sizes = [f"{title}: {len(results.seeds)} seeds, {results.curve_n} episodes per seed and point"
+             for title, results in behind.items()]
+    caption = (f"*{fields['title']}. Thick: all seeds, thin: each of them; the star is Init, the "
+               f"last checkpoint is large. {'; '.join(sizes)}.*")
+    return [f"![{fields['title']}]({link})", "", caption]
+
+
+def gaps_block(fields, folder):
+    """How far PPO lies above each SFT training's curve."""
+    head, *body = gap_rows(read(ROOT / fields["source"]))
+    return markdown(head, body)
+
+
+BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
+          "table": table_block, "trainings": trainings_block, "seeds": seeds_block,
+          "grades": grades_block, "grid": grid_block, "figure": figure_block}
 BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -366,10 +611,14 @@ def write_documents():
             write_atomic(document, new)
             print(f"written: {document.relative_to(ROOT)}")
         for kind, written, _ in BLOCK.findall(new):
+            fields = yaml.safe_load(written)
             if kind == "figure":
-                fields = yaml.safe_load(written)
                 draw(read(ROOT / fields["source"]), ROOT / fields["image"])
-                print(f"drawn: {fields['image']}")
+            elif kind == "frontier":
+                draw_frontier(panels_of(fields), ROOT / fields["image"])
+            else:
+                continue
+            print(f"drawn: {fields['image']}")
 
 
 # ---------------------------------------------------------------- the command
@@ -411,14 +660,24 @@ def main(arguments):
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
     results = read(path)
-    print(*table_lines(results), sep="\n")
+    lines = table_lines(results)
     if results.differences:
-        print(*difference_lines(results), sep="\n")
+        lines += difference_lines(results)
+    if len(results.seeds) > 1:
+        lines += seed_lines(results)
+    lines += grade_lines(results)
+    if results.frontier:
+        lines += gap_lines(results)
+    print(*lines, sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
     if any(results.curves.values()) and path.name == "evaluation.json":
         draw(results, path.with_suffix(".png"))
         print(f"\nwritten: {path.with_suffix('.png')}")
+        panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
+        if panels:
+            draw_frontier(panels, path.with_name("frontier.png"))
+            print(f"written: {path.with_name('frontier.png')}")
     print_transcripts(results)
     if options.publish:
         publish(path, options.publish)

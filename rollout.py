@@ -78,7 +78,8 @@ class Environment(Protocol):
             action: type of the right action here, for accuracies "first_<action>", or None,
             attempt: 1.. at this position,
             feedback: the verifier's text, "" after a right answer,
-            cluster: text; episodes that share it are resampled together, as not independent}).
+            cluster: text; episodes that share it are resampled together, as not independent,
+            positions: of the whole episode, for the metric of this name; may be absent}).
         """
 
     def expert(self):
@@ -326,7 +327,8 @@ def counts(infos, solved):
         per_step: (right answers, answers),
         first: (right first attempts, first attempts); each position has one first attempt,
         recognized: (first attempts that report the right observation, first attempts),
-        first_<action>: as first, at the positions where the expert's action is of that type.
+        first_<action>: as first, at the positions where the expert's action is of that type,
+        positions: (positions solved, positions), those never reached included, where infos tell.
     Source: paper C.3 (success; per-step accuracy).
     """
     right, of = Counter(solved=int(solved)), Counter(solved=1)
@@ -339,7 +341,35 @@ def counts(infos, solved):
                 asked[f"first_{info['action']}"] = info["correct"]
         right.update(asked)
         of.update(asked.keys())
+    if "positions" in infos[0]:
+        right["positions"], of["positions"] = right["per_step"], infos[0]["positions"]
     return {metric: (right[metric], of[metric]) for metric in of}
+
+
+def grades(infos, texts):
+    """How one episode's answers were graded.
+
+    Args: infos: as of `counts`; texts: of the answers.
+    Returns: {first: {category: first attempts}, retries: {category: later attempts}, repeated:
+        retries that say word for word what an earlier answer to the same position said}.
+    """
+    first, retries, repeated = Counter(), Counter(), 0
+    said = set()
+    for info, text in zip(infos, texts):
+        if info["attempt"] == 1:
+            first[info["category"]] += 1
+            said = set()
+        else:
+            retries[info["category"]] += 1
+            repeated += text in said
+        said.add(text)
+    return {"first": dict(first), "retries": dict(retries), "repeated": repeated}
+
+
+def record_of(seed, infos, texts, solved):
+    """What an evaluation keeps of one episode, see `evaluate`."""
+    return {"seed": seed, "cluster": infos[0]["cluster"], "counts": counts(infos, solved),
+            "grades": grades(infos, texts)}
 
 
 def evaluation_seeds(seed, n):
@@ -354,9 +384,10 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
 
     Args:
         settings, verify_iters, changes: as of make_env.
-        batch_size: environments side by side. temperature: 0 = greedy.
+        batch_size: environments side by side. temperature: as of Policy.sample.
         progress: a tqdm bar of episodes, or None.
-    Returns: n records {seed, cluster, counts: see there, turns: list of Turns}, ordered by seed.
+    Returns: n records {seed, cluster, counts and grades: see there, turns: list of Turns}, ordered
+        by seed.
     Source: paper Sec. 4, C.3.
     """
     envs = [make_env(settings, verify_iters, **changes) for _ in range(min(batch_size, n))]
@@ -371,9 +402,9 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
                     progress.update()
     records = []
     for episode, turns in sorted(episodes.items()):
-        counted = counts([turn.info for turn in turns], turns[-1].solved)
-        records.append({"seed": episode, "cluster": turns[0].info["cluster"],
-                        "turns": turns, "counts": counted})
+        infos, texts = [turn.info for turn in turns], [turn.text for turn in turns]
+        record = record_of(episode, infos, texts, turns[-1].solved)
+        records.append({**record, "turns": turns})
     return records
 
 
@@ -386,10 +417,10 @@ def play_reference(settings, name, n, seed, verify_iters, **changes):
     records = []
     for episode in evaluation_seeds(seed, n):
         env.reset(episode)
-        infos, solved, truncated = [], False, False
+        infos, texts, solved, truncated = [], [], False, False
         while not (solved or truncated):
-            _, _, solved, truncated, info = env.step(env.reference(name))
+            texts.append(env.reference(name))
+            _, _, solved, truncated, info = env.step(texts[-1])
             infos.append(info)
-        records.append({"seed": episode, "cluster": infos[0]["cluster"],
-                        "counts": counts(infos, solved)})
+        records.append(record_of(episode, infos, texts, solved))
     return records

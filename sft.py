@@ -4,9 +4,9 @@
 
 Paper Sec. 5, App. C. One run gives both: its early checkpoint sft.init_step is Init, the later ones
 are the SFT arm. An arm with sft.init, such as one at another rate, begins at a checkpoint instead
-of the bare base, as PPO does. The loss is on the expert's answer tokens alone. With sft.mistakes > 0 the prompt
-holds wrong attempts and the verifier's texts before the expert's answer (the paper's sub-optimal
-trajectories); they carry no loss.
+of the bare base, as PPO does. The loss is on the expert's answer tokens alone. With sft.mistakes
+> 0 the prompt holds wrong attempts and the verifier's texts before the expert's answer (the paper's
+sub-optimal trajectories); they carry no loss.
 
 Logged per step (metrics.jsonl): loss (nats per answer token), grad_norm, lr, tokens, gflops,
 seconds, peak_memory_gib.

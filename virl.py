@@ -222,6 +222,7 @@ class Navigation:
         self.reports = [
             ("per-step accuracy", "accuracy %, first attempts / all answers (per step)",
              ("first", "per_step")),
+            ("positions", "positions solved %, of all of the walk, reached or not", ("positions",)),
             ("turns", "first-attempt accuracy % where one goes forward / stops / turns",
              ("first_forward", "first_stop", "first_turn")),
             ("success", "success %, every position of the route right within "
@@ -339,7 +340,7 @@ class Navigation:
         """Grade one whole answer; the walk is terminated at the destination.
 
         Returns: (obs, reward, terminated, truncated, info); in info, category and recognized are a
-        Grade's, action is the type of the right one: turn, forward or stop.
+        Grade's, action is the type of the right one: turn, forward or stop; positions: of the walk.
         Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
         """
         if self.done:
@@ -358,7 +359,7 @@ class Navigation:
         feedback = "" if correct else RETRY.format(reason=grade.reason)
         info = {"category": grade.category, "correct": correct, "recognized": grade.recognized,
                 "attempt": self.attempt, "action": here.action, "cluster": self.route.key,
-                "feedback": feedback}
+                "feedback": feedback, "positions": len(self.rail)}
         if not correct:
             self.messages.append({"role": "assistant", "content": answer})
             self.messages.append({"role": "user", "content": feedback})

@@ -59,6 +59,17 @@ def trained_with(checkpoint):
         raise UserError(f"{path} is missing or unreadable: it says what {checkpoint} is") from None
 
 
+class Seed(NamedTuple):
+    """What trainings have in common that are one seed: they began from one Init."""
+    training: int  # run.seed
+    model: str
+
+
+def seed_of(checkpoint):
+    settings = trained_with(checkpoint)
+    return Seed(settings["run"]["seed"], settings["model"]["path"])
+
+
 def find_trainings(runs, kind):
     """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10."""
     found = []
@@ -124,6 +135,16 @@ class Comparison:
             if later.starts and later.starts == earlier.starts:
                 found.append((later, earlier))
         return [(arm.name, base.name) for arm, base in found]
+
+    def starts_elsewhere(self):
+        """{training: name of the Init that it began from}, where that is none of its own steps."""
+        found = {arm.name: arm.starts[0].name for arm in self.ppo if arm.starts}
+        names = {init.checkpoints: init.name for init in self.inits}
+        for training in self.trainings:
+            start = own_start(training) if training.name in self._sft else None
+            if start in names and start[0].parent != training.folder:
+                found[training.name] = names[start]
+        return found
 
     # ------------------------------------------------------------ the arms
     def _add_ppo(self, training, sft):
@@ -215,6 +236,27 @@ class Comparison:
             f"not at equal compute{where}: {sft.relative_to(run)} has {spent:,.0f} model GFLOPs, "
             f"{100 * abs(spent / budget - 1):.1f} % {more} than {ppo.relative_to(run)} "
             f"({budget:,.0f})")
+
+
+def official_notes(comparison, official):
+    """Whether PPO and SFT have spent equal compute as the official code counts it.
+
+    Args: official: {arm: GFLOPs so counted, None if not known}.
+    """
+    notes = []
+    for arm in comparison.ppo:
+        sft = arm.partner
+        if sft is None or official[sft.name] is None or official[arm.name] is None:
+            continue
+        spent, budget = official[sft.name], official[arm.name]
+        share = spent / budget - 1
+        more = "more" if share > 0 else "less"
+        verdict = f"{100 * abs(share):.0f} % {more}, so not equal"
+        if abs(share) <= EQUAL_COMPUTE:
+            verdict = "equal, too"
+        notes.append(f"counted as the official code does, {sft.name} has spent {spent:,.0f} GFLOPs "
+                     f"and {arm.name} {budget:,.0f}: {verdict}")
+    return notes
 
 
 def own_start(training):

@@ -1,7 +1,7 @@
 """What eval.py has played, kept in a run's evaluations.jsonl.
 
-A line is a cell: {key: what was played, made_by: with what, episodes: [{cluster, counts}, ..]}. It
-is used again if both are the same as now. Of the code, comments and layout do not count.
+A line is a cell: {key: what was played, made_by: with what, episodes: [{cluster, counts, grades},
+..]}. It is used again if both are the same as now. Of the code, comments and layout do not count.
 """
 import ast
 import hashlib

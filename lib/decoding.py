@@ -71,6 +71,15 @@ class Decoding:
         return out.last_hidden_state[:, -1]  # (N, 1, C) -> (N, C)
 
 
+def truncated(logits, top_p):
+    """Logits (N, V), those of tokens outside the nucleus at -inf: the fewest likeliest tokens whose
+    probabilities sum to top_p at least stay. Source: arXiv 1904.09751."""
+    probabilities, order = torch.softmax(logits, -1).sort(-1, descending=True)
+    likelier = probabilities.cumsum(-1) - probabilities  # what those before a token sum to
+    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
+    return logits.masked_fill(outside, -torch.inf)
+
+
 def join(parts):
     """One Decoding of several, rows one after the other; the parts give up their caches."""
     first = parts[0]

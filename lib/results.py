@@ -3,25 +3,34 @@
     reports                    what the environment wants shown: {name, title, metrics} each
     splits, variants           episodes per run and split (or what is played whatever the split);
                                changes of the environment per variant
-    temperatures, curve_n      sampled at; episodes per run and point of a curve
-    gflops                     {arm: model GFLOPs of its checkpoint in the table, mean over runs}
+    temperatures, curve_n      sampled at, [T, top_p] where truncated; episodes per run and point of
+                               a curve
+    gflops, official_gflops    {arm: model GFLOPs of its checkpoint in the table, mean over runs},
+                               counted our way and as the official code does (null: not known)
     notes                      lines that the table must not be read without: compute that is not
                                equal, arms that were trained on what is played
-    table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate}}
-                               in %; of a reference policy the temperature is null
-    differences                rows {split, variant, temperature, arm, base, metrics} in points
-    per_run                    {run folder: its own differences}, where several runs are pooled
+    table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate},
+                               per_seed: {name: a value per seed}} in %, the seeds pooled in
+                               `metrics`; of a reference policy the temperature is null; grades:
+                               {first, retries: {category: % of these answers}, repeated: % of
+                               the retries, word for word as an earlier answer there}
+    differences                rows {split, variant, temperature, arm, base, metrics, per_seed} in
+                               points
     curves                     {variant: {Init or training: [Point]}}, at the first split and
                                temperature
+    frontier                   rows {variant, arm, base, metrics, per_seed}: how far PPO's last
+                               checkpoint lies above the curve of an SFT training, in points, where
+                               that comes to its compute ("equal FLOPs") and to what it reaches in
+                               the first variant ("equal ID")
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
-    runs, seeds, minutes       run folders, their seeds, minutes per training
+    runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
 """
 from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A ratio in % (or a difference of two, in points) with its 95 % bootstrap interval."""
+    """A ratio in %, or a difference in points, with its 95 % interval (lib/bootstrap.py)."""
     value: float
     low: float
     high: float
@@ -50,7 +59,16 @@ class Point(NamedTuple):
     low: float
     high: float
     recognition: float
+    per_seed: list = ()  # (metric, recognition) of each
+
+
+class Nucleus(NamedTuple):
+    """In place of a temperature: at T, of the fewest likeliest tokens that have top_p together."""
+    T: float
+    top_p: float
 
 
 def temperature_name(temperature):
+    if isinstance(temperature, Nucleus):
+        return f"T = {temperature.T:g}, top-p {temperature.top_p:g}"
     return f"T = {temperature:g}" if temperature else "greedy"

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import yaml
 
-from lib.checks import (INF, check_settings, checked, choice, flag, list_of, mapping, mapping_of,
-                        nearest, number, text, whole)
+from lib.checks import (INF, check_settings, checked, choice, either, fields, flag, list_of,
+                        mapping, mapping_of, nearest, number, text, whole)
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_SEED = 10_000_000  # keeps the seeds of training below rollout.EVAL_SEEDS
@@ -32,6 +32,10 @@ def start(value):
     if value is None or str(value).lower() in ("null", "~", "") or value == "None":
         raise ValueError(f'{value!r} is no checkpoint; for the bare base model write "none"')
     return text(value)
+
+
+# Of the evaluation: a temperature, 0 for greedy, or one with truncation.
+sampling = either(number(0, 10), fields({"T": number(0.01, 10), "top_p": number(0.01, 1)}))
 
 
 # What each setting accepts. What it means is said beside it in configs/*.yaml. The environment's
@@ -102,11 +106,12 @@ SCHEMA = {
     "ppo.kl_coef": number(0),
     "ppo.save_every": whole(1),
     "eval.verify_iters": whole(1, 100),
-    "eval.temperatures": list_of(number(0, 10)),
+    "eval.temperatures": list_of(sampling),
     "eval.splits": mapping_of(whole(1)),
     "eval.variants": mapping_of(mapping),
     "eval.batch_size": whole(1),
     "eval.curve_n": whole(0),
+    "eval.curve_points": whole(0),
     "eval.seed": whole(0, 2**31),
     "eval.runs": list_of(text),
     "eval.save_merged": list_of(text),
@@ -116,7 +121,8 @@ SCHEMA = {
 }
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
-DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF}
+DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
+            "eval.curve_points": 8}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

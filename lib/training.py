@@ -59,6 +59,10 @@ def save_state(folder, state):
     torch.save(state, folder / "trainer.pt")
 
 
+# of a checkpoint from before it was counted
+UNCOUNTED = {"beyond": {"train": math.nan, "inference": math.nan}, "official_gflops": math.nan}
+
+
 def load_state(folder):
     """The state that `save_state` wrote. Raises: UserError if it is missing or damaged."""
     try:
@@ -68,14 +72,15 @@ def load_state(folder):
     for name in ("optimizer", "tokens", "gflops"):
         if not isinstance(state, dict) or name not in state:
             raise UserError(f"checkpoint {folder} is damaged: its trainer.pt has no {name}")
-    return state
+    return {**UNCOUNTED, **state}
 
 
 def save_checkpoint(folder, policy, optimizer, **more):
     """Everything that a stopped run needs again; `more` is the script's own plain data."""
     policy.save(folder)
     save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
-                        "gflops": policy.flops() / 1e9, **more})
+                        "beyond": policy.beyond, "gflops": policy.flops() / 1e9,
+                        "official_gflops": policy.official_flops() / 1e9, **more})
 
 
 def load_checkpoint(folder, policy, optimizer):
@@ -88,6 +93,7 @@ def load_checkpoint(folder, policy, optimizer):
     try:
         optimizer.load_state_dict(state["optimizer"])
         policy.tokens = {name: state["tokens"][name] for name in policy.tokens}
+        policy.beyond = dict(state["beyond"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
     return state
@@ -101,7 +107,8 @@ def begin_at(init, policy):
     """
     if init is not None:
         policy.load(init, value_head=False)
-        policy.tokens = load_state(init)["tokens"]
+        state = load_state(init)
+        policy.tokens, policy.beyond = state["tokens"], dict(state["beyond"])
 
 
 # ---------------------------------------------------------------- what is logged

@@ -344,10 +344,10 @@ def about(numbers):
     """{key of a small task: its answer as JSON}."""
     total = sum(numbers)
     equation = "+".join(str(number) for number in numbers)
-    return {"sorted": f"[{listed(sorted(numbers))}]", "sum": total, "largest": max(numbers),
-            "smallest": min(numbers), "reversed": f"[{listed(numbers[::-1])}]",
-            "values": f"[{listed(numbers)}]", "first": numbers[0], "last": numbers[-1], "count": len(numbers),
-            "equation": f'"{equation}={total}"'}
+    return {"sorted": f"[{listed(sorted(numbers))}]", "reversed": f"[{listed(numbers[::-1])}]",
+            "values": f"[{listed(numbers)}]", "sum": total, "count": len(numbers),
+            "largest": max(numbers), "smallest": min(numbers),
+            "first": numbers[0], "last": numbers[-1], "equation": f'"{equation}={total}"'}
 
 
 class Probe(torch.nn.Module):

@@ -1,10 +1,10 @@
 """Figures of a backbone and of its Init that mini/criteria.md decides by; no SFT arm, no PPO.
 
-    python sft.py configs/mini/gp_l.yaml model.path=BACKBONE run.dir=RUN sft.steps=60 sft.save_every=10
-    python mini/criteria.py configs/mini/gp_l.yaml model.path=BACKBONE run.dir=RUN
+    python sft.py CONFIG model.path=BACKBONE run.dir=RUN sft.steps=120 sft.save_every=10
+    python mini/criteria.py CONFIG model.path=BACKBONE run.dir=RUN
 
-Plays tuning hands or walks (the evaluation's seed plus 100), sampled at the leading temperature: the
-bare backbone, then SFT's checkpoints from the first on until one is Init.
+Plays tuning hands or walks (the evaluation's seed plus 100), sampled at the leading temperature:
+the bare backbone, then SFT's checkpoints from the first on until one is Init.
 """
 import sys
 from collections import Counter

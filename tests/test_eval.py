@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import random
 import resource
 import shutil
@@ -10,17 +11,23 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import CONFIG
 
 import eval as evaluation
 import rollout
 import sft
-from lib import cells
+import report
+from lib import bootstrap, cells
 from lib.arms import Comparison, seen_notes
+from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
+from lib.decoding import truncated
+from lib.results import Nucleus
 from lib.settings import UserError
-from rollout import Play, counts, evaluate, make_env, play_reference
+from policy import Policy
+from rollout import Play, counts, evaluate, grades, make_env, play_reference
 
 
 class Corridor:
@@ -114,7 +121,8 @@ class Walker:
 
     def load(self, checkpoint, value_head):
         self.loaded = checkpoint
-        self.skill = "Init" if checkpoint.name == "step_1" else checkpoint.parent.name
+        kind = checkpoint.parent.name.split("-")[0]
+        self.skill = "Init" if checkpoint.name == "step_1" else kind
 
     def inference(self):
         return contextlib.nullcontext()
@@ -175,6 +183,16 @@ def test_counts_of_an_episode_of_several_positions():
     }
 
 
+def test_positions_that_a_walk_never_reached_are_not_solved():
+    """Of ten positions the first is solved, the second not; per step the denominators differ."""
+    infos = answers(("forward", 1, True, True), ("turn", 1, False, True), ("turn", 2, False, True))
+    for info in infos:
+        info["positions"] = 10
+    found = counts(infos, False)
+    assert (found["positions"], found["per_step"], found["first"]) == ((1, 10), (1, 3), (1, 2))
+    assert "positions" not in counts(answers((None, 1, True, True)), True)
+
+
 def test_counts_of_a_hand():
     """One position, one type of action: right on the third attempt, read right from the second."""
     infos = answers((None, 1, False, False), (None, 2, False, True), (None, 3, True, True))
@@ -185,6 +203,19 @@ def test_counts_of_a_hand():
         "recognized": (0, 1),
     }
     assert counts(infos[2:], True)["per_step"] == (1, 1)
+
+
+def test_grades_of_an_episode():
+    """Wrong, the same again, then right; at the next position the first answer's words are new."""
+    infos = [
+        {"attempt": attempt, "category": category}
+        for attempt, category in ((1, "wrong"), (2, "wrong"), (3, "correct"), (1, "illegal"))
+    ]
+    assert grades(infos, ["a", "a", "b", "a"]) == {
+        "first": {"wrong": 1, "illegal": 1},
+        "retries": {"wrong": 1, "correct": 1},
+        "repeated": 1,
+    }
 
 
 # ---------------------------------------------------------------- SFT examples
@@ -276,7 +307,7 @@ def test_reference_policies_play_the_same_episodes(toy):
     still, known = (
         play_reference(toy, name, 30, 7, 2, longest=6) for name in ("always forward", "expert")
     )
-    keys = ("seed", "cluster", "counts")
+    keys = ("seed", "cluster", "counts", "grades")
     assert still == [
         {k: r[k] for k in keys} for r in evaluate(policy, toy, 30, 7, 2, 0, 8, longest=6)
     ]
@@ -326,6 +357,13 @@ def test_training_begins_spread_along_the_walks(toy):
 
 
 # ---------------------------------------------------------------- the table
+def spent(checkpoint):
+    """100 GFLOPs a step, which the official code counts as 300 of SFT, and as 400 of PPO."""
+    step = int(checkpoint.name[-1])
+    official = (400 if checkpoint.parent.name == "rl" else 300) * step
+    return {"gflops": 100 * step, "official_gflops": official}
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """eval.main over three arms of Walkers: a function of the overrides, and the run directory."""
@@ -346,7 +384,7 @@ def main(tmp_path, monkeypatch):
         (folder / name).with_name("config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(evaluation, "Policy", Walker)
-    monkeypatch.setattr(evaluation, "load_state", lambda path: {"gflops": 100 * int(path.name[-1])})
+    monkeypatch.setattr(evaluation, "load_state", spent)
     return lambda *overrides: evaluation.main([str(tmp_path / "toy.yaml"), *overrides]), folder
 
 
@@ -380,6 +418,12 @@ def test_table_of_an_environment_with_many_positions(main, toy):
             )
             assert value == pytest.approx(float(found), abs=1e-4)
             assert low <= value + 1e-4 and value - 1e-4 <= high, (row["arm"], m)
+    shares = {row["arm"]: row["grades"] for row in report["table"] if row["variant"] == "ID"}
+    assert shares["rl"]["retries"] == {"correct": 100} and shares["rl"]["repeated"] == 0
+    first = float(ratio(played["ID", "rl"], "first"))
+    assert shares["rl"]["first"] == pytest.approx({"correct": first, "wrong": 100 - first})
+    assert shares["sft"]["retries"] == {"wrong": 100} and shares["sft"]["repeated"] == 100
+    assert shares["expert"] == {"first": {"correct": 100}, "retries": {}, "repeated": 0}
     for row in report["differences"]:
         for m, (value, low, high) in row["metrics"].items():
             assert value == pytest.approx(
@@ -391,6 +435,8 @@ def test_table_of_an_environment_with_many_positions(main, toy):
             )
             assert low - 1e-4 <= value <= high + 1e-4
     assert report["gflops"] == {"Init": 100, "sft": 300, "rl": 400}
+    assert report["official_gflops"] == {"Init": 300, "sft": 900, "rl": 1600}
+    assert "sft has spent 900 GFLOPs and rl 1,600: 44 % less, so not equal" in report["notes"][1]
     assert [r["name"] for r in report["reports"]] == ["per-step accuracy", "turns", "success"]
     assert all(report["reports"][i]["metrics"] == list(Corridor().reports[i][2]) for i in range(3))
 
@@ -406,11 +452,40 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
             "rl": [100, 400],
         }
         assert arms["rl"][0] == arms["Init"][0] == arms["sft"][0]
-        for _, value, low, high, recognition in itertools.chain(*arms.values()):
+        for _, value, low, high, recognition, seeds in itertools.chain(*arms.values()):
             assert low <= value + 1e-4 and value - 1e-4 <= high and recognition == 100
+            assert seeds == [[pytest.approx(value), 100]]
     assert saved(folder)["curves"]["ID"]["Init"][0][1] == pytest.approx(
         float(ratio(found, "per_step")), abs=1e-4
     )
+    (row,) = saved(folder)["frontier"]
+    assert (row["variant"], row["arm"], row["base"]) == ("long", "rl", "sft")
+    assert set(row["metrics"]) <= {"equal ID"}  # PPO spent 400, SFT 300
+
+
+def test_curve_of_sft_that_began_elsewhere_has_its_init(main):
+    run, folder = main
+    (folder / "sft-sft.lr=1/step_3").mkdir(parents=True)
+    settings = yaml.safe_load((folder / "sft/config.yaml").read_text())
+    settings["sft"]["init"] = "sft/step_1"
+    (folder / "sft-sft.lr=1/config.yaml").write_text(yaml.safe_dump(settings))
+    run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=2")
+    found = saved(folder)["curves"]["ID"]
+    assert [point[0] for point in found["sft-sft.lr=1"]] == [100, 300]
+    assert [point[0] for point in found["sft"]] == [100, 300]
+    assert {row["base"] for row in saved(folder)["frontier"]} == {"sft", "sft-sft.lr=1"}
+
+
+def test_curve_has_as_many_points_as_asked_for(main):
+    run, folder = main
+    for step in (2, 3, 5, 7, 9):
+        (folder / f"sft/step_{step}").mkdir(exist_ok=True)
+    for points, steps in ((0, [1, 2, 3, 5, 7, 9]), (3, [1, 3, 9]), (8, [1, 2, 3, 5, 7, 9])):
+        run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=2",
+            f"eval.curve_points={points}")
+        found = saved(folder)["curves"]["ID"]["sft"]
+        assert [point[0] for point in found] == [100 * step for step in steps]
+    assert set(saved(folder)["frontier"][0]["metrics"]) >= {"equal FLOPs"}
 
 
 def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
@@ -424,8 +499,8 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     assert (one["splits"], one["temperatures"], one["curve_n"]) == ({"all": 40}, [0.2, 0], 10)
     assert (
         one["variants"] == {"ID": {}, "long": {"longest": 9}}
-        and one["per_run"] == {}
         and one["seeds"] == [0]
+        and "one training seed" in one["notes"][-1]
     )
     assert one["minutes"]["rl"] == 1.5 and set(one["minutes"]) == {"rl", "eval"}
     assert (
@@ -435,8 +510,11 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     assert f"python report.py {folder}" in captured.err and captured.out == ""
     run(f"eval.runs=[{folder}, {tmp_path / 'other'}]")
     two = saved(folder)
-    assert two["seeds"] == [0, 5] and set(two["per_run"]) == {str(folder), str(tmp_path / "other")}
-    assert all(rows == one["differences"] for rows in two["per_run"].values())
+    assert two["seeds"] == [0, 5] and not any("one training seed" in note for note in two["notes"])
+    for kind in ("table", "differences"):
+        for row, single in zip(two[kind], one[kind]):
+            for metric, values in row["per_seed"].items():
+                assert values == pytest.approx(2 * [single["metrics"][metric][0]], abs=1e-4)
 
 
 def test_transcripts_hold_whole_episodes(main, toy):
@@ -562,7 +640,7 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
         shown = {(row["split"], row["variant"]) for row in rows}
         assert shown == {("all", "ID"), ("the plan", "given"), ("unseen", "ID")}
     assert set(found["curves"]) == {"ID", "given"}
-    assert found["notes"] == [
+    assert found["notes"][:-2] == [
         "not at equal compute: sft/step_3 has 300 model GFLOPs, 25.0 % less than rl/step_4 (400)"
     ]
 
@@ -704,6 +782,256 @@ def test_what_never_occurs_is_left_out(main, toy):
     )
     text = (folder / "evaluation.json").read_text()
     assert '"first_turn": [' not in text and "NaN" not in text
+
+
+# ---------------------------------------------------------------- compute, counted officially
+@pytest.mark.parametrize(
+    "ids, spans, patches, beyond",
+    [
+        ([0] * 4, [], None, 0),  # a prompt
+        ([0] * 10, [(3, 10)], None, 0),  # one answer
+        ([0] * 10, [(3, 5), (8, 10)], None, 5),  # its first 5 tokens are read twice
+        ([9] + [0] * 3, [], 1601, 1600),  # 6 (len + 1600) for an image of one tile
+        ([9] + [0] * 9, [(3, 5), (8, 10)], 1601, 5 + 2 * 1600),
+        ([9] * 4, [], 16, 0),  # Qwen's image tokens are in the prompt already
+    ],
+)
+def test_what_the_official_code_counts_beyond_ours(ids, spans, patches, beyond):
+    family = SimpleNamespace(image_token=9, count_patches=lambda features: features)
+    policy = SimpleNamespace(family=family, beyond={"train": 0, "inference": 0})
+    Policy._count_beyond(policy, "train", 2 * [Sequence(ids, spans)], 2 * [patches])
+    assert policy.beyond == {"train": 2 * beyond, "inference": 0}
+
+
+def test_official_compute_of_an_older_run_is_not_known(main, monkeypatch):
+    run, folder = main
+    older = {"official_gflops": math.nan}
+    monkeypatch.setattr(evaluation, "load_state", lambda path: {**spent(path), **older})
+    run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=0")
+    assert set(saved(folder)["official_gflops"].values()) == {None}
+    assert not any("official" in note for note in saved(folder)["notes"])
+
+
+# ---------------------------------------------------------------- truncation
+PROBABILITIES = torch.tensor([[0.3, 0.05, 0.5, 0.15]])
+
+
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.45, [2]), (0.79, [0, 2]), (0.81, [0, 2, 3]), (0.96, [0, 1, 2, 3])]
+)
+def test_nucleus_is_the_fewest_likeliest_that_reach_top_p(top_p, kept):
+    left = truncated(PROBABILITIES.log(), top_p)
+    assert left.isfinite().nonzero()[:, 1].tolist() == kept
+    assert left[0, kept].tolist() == PROBABILITIES.log()[0, kept].tolist()
+
+
+def test_truncated_answers_are_sampled_from_the_nucleus_at_its_temperature():
+    """At T = 0.5 logits are halved log-probs; of 0.3, 0.05, 0.5 and 0.15 all but 0.05 stay."""
+    logits = (0.5 * PROBABILITIES.log()).expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    tokens, logprobs = Policy._choose(None, logits, Nucleus(0.5, 0.9), generator)
+    share = tokens.bincount(minlength=4) / 4000
+    wanted = torch.tensor([0.3, 0, 0.5, 0.15]) / 0.95
+    assert share[1] == 0 and share.tolist() == pytest.approx(wanted.tolist(), abs=0.03)
+    assert logprobs.tolist() == pytest.approx(wanted[tokens].log().tolist(), abs=1e-5)
+
+
+def test_temperatures_with_truncation_are_played_kept_and_shown(main, monkeypatch, capsys):
+    run, folder = main
+    sampled = []
+    sample = Walker.sample
+    monkeypatch.setattr(
+        Walker, "sample", lambda self, p, t, g: sampled.append(t) or sample(self, p, t, g)
+    )
+    asked = ("eval.temperatures=[0.2, {T: 0.6, top_p: 0.9}]", "eval.splits={all: 2}",
+             "eval.curve_n=0")
+    run(*asked)
+    assert set(sampled) == {0.2, Nucleus(0.6, 0.9)}
+    sampled.clear()
+    run(*asked)
+    assert not sampled
+    capsys.readouterr()
+    report.main([str(folder)])
+    assert capsys.readouterr().out.count("T = 0.6, top-p 0.9") == 6  # tables and differences
+
+
+# ---------------------------------------------------------------- intervals
+def interval(pairs, clusters, base=None, seeds=None):
+    """Of the ratio of sums of pairs, or of its difference to the base's."""
+    cells = [pairs] if base is None else [pairs, base]
+    counts = torch.tensor(cells).float().transpose(0, 1)
+    statistic = bootstrap.value if base is None else bootstrap.difference
+    return bootstrap.measure(counts, clusters, seeds or len(clusters) * [0], statistic).estimate
+
+
+def test_whole_groups_are_drawn_as_many_as_there_are():
+    weights = bootstrap.draws(3)
+    assert set(weights.sum(1).tolist()) == {3} and weights.std(0).min() > 0.7
+    counts = torch.tensor([[[1.0, 2]], [[3, 4]], [[0, 1]]])
+    assert bootstrap.sums_by(["a", "b", "a"], counts).tolist() == [[[1, 3]], [[3, 4]]]
+
+
+def test_whole_clusters_are_drawn():
+    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0,
+    3/4 and 1.
+    """
+    pairs, clusters = [(1, 1), (0, 1), (1, 1), (1, 1)], ["b", "a", "b", "b"]
+    sums = bootstrap.sums_by(clusters, torch.tensor(pairs).float()[:, None])
+    assert set(bootstrap.ratios(sums, bootstrap.draws(2))[:, 0].tolist()) == {0, 0.75, 1}
+    assert interval(pairs, clusters) == (0.75, 0, 1)
+
+
+def test_interval_of_a_ratio_of_sums():
+    """Clusters a = {1 of 2, 0 of 1} and b = {3 of 4}: aa 2/6, ab 4/7, bb 6/8."""
+    found = interval([(1, 2), (3, 4), (0, 1)], ["a", "b", "a"])
+    assert found == pytest.approx((4 / 7, 1 / 3, 3 / 4))  # the mean of shares would be 5/12
+
+
+def test_difference_of_ratios_by_hand():
+    """Arm a 1/2, b 3/4, base a 1/1, b 1/5: aa 1/2 - 1, ab 4/6 - 2/6, bb 3/4 - 1/5, not the
+    ratio of any differences.
+    """
+    arm, base = [(1, 2), (3, 4)], [(1, 1), (1, 5)]
+    assert interval(arm, "ab", base) == pytest.approx((1 / 3, -1 / 2, 0.55))
+    assert interval(base, "ab", arm) == pytest.approx((-1 / 3, -0.55, 1 / 2))
+    assert interval(arm, "ab", arm) == (0, 0, 0)
+
+
+def test_resamples_in_which_nothing_was_asked_do_not_count():
+    """Nothing is asked in cluster b: bb says nothing, aa and ab say 1/3."""
+    assert interval([(1, 3), (0, 0)], "ab") == pytest.approx((1 / 3,) * 3)
+    assert interval([(1, 3), (0, 0)], "ab", [(3, 3), (4, 4)]) == pytest.approx((-2 / 3,) * 3)
+
+
+def test_one_cluster_has_no_width():
+    found = interval([(0, 1), (1, 1), (1, 1), (0, 1), (1, 1)], ["same"] * 5)
+    assert found == pytest.approx((0.6,) * 3)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
+    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every
+    coin narrows nothing, whether its copies are of one seed or of several.
+    """
+    values = [(int(i % 10 < 3), 1) for i in range(400) for _ in range(copies)]
+    clusters = [i for i in range(400) for _ in range(copies)]
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    for seeds in (None, [i % copies for i in range(400 * copies)]):
+        mean, low, high = interval(values, clusters, seeds=seeds)
+        assert mean == pytest.approx(0.3, abs=1e-5)
+        assert mean - low == pytest.approx(half, rel=0.1)
+        assert high - mean == pytest.approx(half, rel=0.1)
+
+
+def test_few_seeds_by_hand():
+    """Seeds that all hands agree on: the t interval of 1/4, 1/2 and 3/4 (t(2) = 4.303, standard
+    deviation 1/4). Hands differ in nothing.
+    """
+    pairs = [(share, 4) for share in (1, 2, 3) for _ in range(50)]
+    clusters, seeds = 3 * list(range(50)), [seed for seed in "abc" for _ in range(50)]
+    mean, low, high = interval(pairs, clusters, seeds=seeds)
+    assert mean == 0.5 and high - mean == pytest.approx(mean - low)
+    assert mean - low == pytest.approx(4.303 * 0.25 / math.sqrt(3), rel=0.03)
+    assert interval(pairs, clusters, pairs, seeds) == (0, 0, 0)
+
+
+def test_variances_of_seeds_and_clusters_add_up():
+    """t at Satterthwaite's degrees of freedom: the seeds' alone, (1 + 1)^2 / (1/2 + 1/600) = 7.97,
+    the clusters' alone.
+    """
+    assert bootstrap.half_width(4, 3, 0, 601) == pytest.approx(2 * 4.303, rel=1e-3)
+    assert bootstrap.half_width(1, 3, 1, 601) == pytest.approx(2.365 * math.sqrt(2), rel=1e-3)
+    assert bootstrap.half_width(0, 3, 4, 601) == pytest.approx(2 * 1.964, rel=1e-3)
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (4.9, 2.776), (11, 2.201), (60, 2.0003)])
+def test_quantiles_of_student(freedom, t):
+    assert bootstrap.student_t(freedom) == pytest.approx(t, rel=3e-3)
+
+
+@pytest.mark.parametrize("seeds, spread", [(5, 0.13), (3, 0.13), (5, 0.02), (3, 0)])
+def test_intervals_cover_what_another_training_would_show(seeds, spread):
+    """Success near 0.4 whose runs differ by `spread`, 1000 hands of 700 kinds, the same for all
+    runs. Hands alone (one seed's interval) cover less than half where runs differ by 13 points.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hands = torch.randint(700, (1000,), generator=generator)
+    labels = [seed for seed in range(seeds) for _ in hands]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    deviation = math.sqrt(spread**2 + 0.25**2 + 0.1**2)
+    truth = (0.4 + deviation * normal(10**6)).clamp(0, 1).mean()
+    covered, by_hands_alone, trials = 0, 0, 200
+    for _ in range(trials):
+        kinds = 0.25 * normal(700) + 0.1 * normal(seeds, 700)
+        chance = 0.4 + spread * normal(seeds, 1) + kinds[:, hands]  # (seeds, 1000)
+        solved = torch.rand(chance.shape, generator=generator) < chance
+        counts = torch.stack([solved.flatten(), torch.ones(solved.numel())], -1)[:, None]
+        clusters = seeds * hands.tolist()
+        _, low, high = bootstrap.measure(counts, clusters, labels, bootstrap.value).estimate
+        covered += low <= truth <= high
+        if spread > 0.1:
+            alone = bootstrap.measure(counts, clusters, [0] * len(labels), bootstrap.value).estimate
+            by_hands_alone += alone.low <= truth <= alone.high
+    assert covered >= 0.9 * trials
+    assert by_hands_alone < 0.5 * trials
+
+
+@pytest.mark.parametrize(
+    "at, y",
+    [(25, 40 - 15), (10, 50), (30, 10), (12, 48), (9.9, None), (35, 90 - 60 * 15 / 20), (41, None)],
+)
+def test_curve_is_read_where_it_first_comes_to_x(at, y):
+    """From (10, 50) by (20, 40) to (30, 10), back to (20, 90), stays there, then to (40, 30)."""
+    x = torch.tensor([[10.0, 20, 30, 20, 20, 40]]).double()
+    values = torch.tensor([[50.0, 40, 10, 90, 90, 30]]).double()
+    found = bootstrap.curve_at(x, values, torch.tensor([[at]]).double()).item()
+    assert math.isnan(found) if y is None else found == pytest.approx(y)
+
+
+def at_shares(*shares, seed=0, gflops=0):
+    """A Checkpoint per variant that solves these shares of 20 hands."""
+    found = []
+    for variant, share in enumerate(shares):
+        episodes = []
+        for hand in range(20):
+            counts = {"solved": (int(hand < 20 * share), 1)}
+            episodes.append({"cluster": (variant, hand), "seed": seed, "counts": counts})
+        found.append(evaluation.Checkpoint(gflops, episodes))
+    return found
+
+
+def test_ppo_above_the_curve_of_sft_by_hand():
+    """SFT goes from 20 % ID and 50 % OOD to 60 and 10, so by 40 and 30 half-way, and by 30 and 40
+    at a quarter of its compute. PPO has 40 and 60.
+    """
+    sft = [at_shares(0.2, 0.5, gflops=100), at_shares(0.6, 0.1, gflops=300)]
+    found = evaluation.above_curve(*zip(*sft, at_shares(0.4, 0.6, gflops=150)), "solved")
+    assert found["metrics"]["equal ID"].value == pytest.approx(60 - 30)
+    assert found["metrics"]["equal FLOPs"].value == pytest.approx(60 - 40)
+    assert found["per_seed"]["equal ID"] == pytest.approx([30])
+    low, high = found["metrics"]["equal ID"][1:]
+    assert -20 < low < 15 and 45 < high < 80  # 20 hands
+    further = evaluation.above_curve(*zip(*sft, at_shares(0.7, 0.6, gflops=301)), "solved")
+    assert further == {"metrics": {}, "per_seed": {}}
+
+
+def test_paired_difference_of_identical_arms_is_exactly_zero():
+    def cell(solved):
+        counts = [{"first": (i % 2, 1), "solved": (solved[i], 1)} for i in range(100)]
+        return [{"cluster": i // 3, "seed": 0, "counts": counts[i]} for i in range(100)]
+
+    one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
+    arms = {"a": one, "b": one, "c": two}
+    cells = {evaluation.Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
+    same, other = evaluation.differences(cells, [("a", "b"), ("c", "a")])
+    assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
+    mean, low, high = other["metrics"]["solved"]  # in points
+    # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
+    assert mean == pytest.approx(1) and low == 0 and 2 < high < 5
+    assert other["per_seed"]["solved"] == pytest.approx([1])
 
 
 # ---------------------------------------------------------------- which arms, which pairs

@@ -109,10 +109,11 @@ def test_ratio_is_one_before_the_first_step(policy, turns, temperature, packed):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_are_drawn_from_the_softmax_at_that_temperature(policy, temperature):
-    """Draws of the first token of a text against the exact distribution: nothing truncated, no
+    """Draws of a formula's first token against the exact distribution: nothing truncated, no
     other temperature.
     """
-    prompt, draws = Sequence([policy.tokenizer.bos_token_id], []), 10_000
+    text = f"{policy.tokenizer.bos_token}1, 2, 3, 4 make "
+    prompt, draws = Sequence(policy.tokenizer(text, add_special_tokens=False).input_ids, []), 10_000
     with torch.no_grad():
         logits = (
             policy.base(input_ids=torch.tensor([prompt.ids]))
@@ -125,9 +126,8 @@ def test_tokens_are_drawn_from_the_softmax_at_that_temperature(policy, temperatu
     )
     got = torch.bincount(torch.tensor([a.ids[0] for a in drawn]), minlength=len(wanted)) / draws
     assert ((got - wanted).abs() <= 5 * (wanted * (1 - wanted) / draws).sqrt() + 2 / draws).all()
-    assert (
-        wanted > 0.01
-    ).sum() > 5 and wanted.max() < 0.7  # wide enough to tell temperatures apart
+    assert (wanted > 0.01).sum() > 2  # wide enough to tell temperatures apart
+    assert wanted.max() < 0.7
 
 
 def test_batched_greedy_answers_are_those_of_single_prompts(policy, prompts):
@@ -329,9 +329,11 @@ def test_sft_loss_is_the_cross_entropy_of_answer_tokens_alone(make_policy, cfg):
         count += end - start
     (total / count).backward()
     assert loss == pytest.approx(total.item() / count, rel=1e-5)
-    assert got and all(
-        torch.allclose(g, policy.trainable[n].grad, rtol=1e-3, atol=1e-6) for n, g in got.items()
-    )
+    assert got
+    for name, gradient in got.items():
+        wanted = policy.trainable[name].grad
+        rounding = 1e-4 * wanted.abs().max().item()
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=rounding)
 
 
 def test_sft_learns_its_batch(make_policy, cfg):

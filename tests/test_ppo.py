@@ -1,6 +1,4 @@
-"""The mathematics of PPO over turns, of batching and of the bootstrap, against numbers worked
-out by hand.
-"""
+"""The mathematics of PPO over turns and of batching, against numbers worked out by hand."""
 
 import math
 import random
@@ -13,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rl
-from eval import Place, cluster_weights, differences, interval
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
 from lib.training import Batch, Size, learning_rate, normalized, token_weights
@@ -687,121 +684,3 @@ def test_what_is_logged_does_not_depend_on_where_rollouts_cut_hands_off():
         seen = outcome(turns)
         assert seen["success"] == pytest.approx(solved, abs=0.01)
         assert seen["per_step"] == pytest.approx(0.3, abs=0.01)
-
-
-# ---------------------------------------------------------------- bootstrap
-def test_whole_clusters_are_drawn():
-    """Clusters a = {0} and b = {1, 1, 1}: the resamples aa, ab (or ba) and bb have the means 0,
-    3/4 and 1.
-    """
-    weights = cluster_weights(["b", "a", "b", "b"])
-    values = torch.tensor([1.0, 0, 1, 1])
-    assert weights.shape[1] == 4 and set(((weights @ values) / weights.sum(1)).tolist()) == {
-        0,
-        0.75,
-        1,
-    }
-    assert interval([(1, 1), (0, 1), (1, 1), (1, 1)], weights) == (0.75, 0, 1)
-
-
-def test_interval_of_a_ratio_of_sums():
-    """Clusters a = {1 of 2, 0 of 1} and b = {3 of 4}: aa 2/6, ab 4/7, bb 6/8, in 1/4, 1/2 and
-    1/4 of the resamples.
-    """
-    pairs, weights = [(1, 2), (3, 4), (0, 1)], cluster_weights(["a", "b", "a"])
-    value, low, high = interval(pairs, weights)
-    assert (value, low, high) == pytest.approx(
-        (4 / 7, 1 / 3, 3 / 4), abs=1e-6
-    )  # the mean of shares would be 5/12
-    each = [
-        interval(pairs, row[None]) for row in weights[:200]
-    ]  # one resample alone: its own ratio
-    assert all(low == high for _, low, high in each)
-    share = {
-        r: sum(low == pytest.approx(r, abs=1e-6) for _, low, _ in each) / 200
-        for r in (1 / 3, 4 / 7, 3 / 4)
-    }
-    assert sum(share.values()) == 1 and share[4 / 7] == pytest.approx(0.5, abs=0.1)
-
-
-def test_difference_of_ratios_by_hand():
-    """Arm a 1/2, b 3/4, base a 1/1, b 1/5: aa 1/2 - 1, ab 4/6 - 2/6, bb 3/4 - 1/5, not the
-    ratio of any differences.
-    """
-    arm, base, weights = [(1, 2), (3, 4)], [(1, 1), (1, 5)], cluster_weights(["a", "b"])
-    assert interval(arm, weights, base) == pytest.approx((1 / 3, -1 / 2, 0.55), abs=1e-6)
-    assert interval(base, weights, arm) == pytest.approx((-1 / 3, -0.55, 1 / 2), abs=1e-6)
-    assert interval(arm, weights, arm) == (0, 0, 0)
-
-
-def test_resamples_in_which_nothing_was_asked_do_not_count():
-    """Nothing is asked in cluster b: bb says nothing, aa and ab say 1/3."""
-    weights = cluster_weights(["a", "b"])
-    assert interval([(1, 3), (0, 0)], weights) == pytest.approx((1 / 3,) * 3)
-    assert interval([(1, 3), (0, 0)], weights, [(3, 3), (4, 4)]) == pytest.approx((-2 / 3,) * 3)
-
-
-@FUZZ
-@given(
-    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=2, max_size=30)
-)
-def test_where_every_episode_counts_once_it_is_the_mean(episodes):
-    one, two, clusters = zip(*episodes)
-    weights, n = cluster_weights(clusters, resamples=50), len(episodes)
-
-    def ones(values):
-        return [(int(v), 1) for v in values]
-
-    for values, got in (
-        (torch.tensor(one).float(), interval(ones(one), weights)),
-        (
-            torch.tensor(one).float() - torch.tensor(two).float(),
-            interval(ones(one), weights, ones(two)),
-        ),
-    ):
-        means = (weights @ values) / weights.sum(1)
-        close(
-            torch.tensor(got),
-            [
-                values.sum().item() / n,
-                *torch.quantile(means, torch.tensor([0.025, 0.975])).tolist(),
-            ],
-        )
-
-
-def test_one_cluster_has_no_width():
-    mean, low, high = interval(
-        [(0, 1), (1, 1), (1, 1), (0, 1), (1, 1)], cluster_weights(["same"] * 5)
-    )
-    assert mean == pytest.approx(0.6) and low == high == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize("copies", [1, 4])
-def test_interval_is_that_of_as_many_independent_values_as_clusters(copies):
-    """Mean of 400 coins: the normal interval is +- 1.96 sqrt(0.3 * 0.7 / 400); copying every
-    coin narrows nothing.
-    """
-    values = [(int(i % 10 < 3), 1) for i in range(400) for _ in range(copies)]
-    mean, low, high = interval(
-        values, cluster_weights([i for i in range(400) for _ in range(copies)])
-    )
-    half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
-    assert mean == pytest.approx(0.3, abs=1e-5)
-    assert mean - low == pytest.approx(half, rel=0.1) and high - mean == pytest.approx(
-        half, rel=0.1
-    )
-
-
-def test_paired_difference_of_identical_arms_is_exactly_zero():
-    def cell(solved):
-        counts = [{"first": (i % 2, 1), "solved": (solved[i], 1)} for i in range(100)]
-        return [{"cluster": i // 3, "counts": counts[i]} for i in range(100)]
-
-    one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
-    arms = {"a": one, "b": one, "c": two}
-    cells = {Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
-    same, other = differences(cells, [("a", "b"), ("c", "a")])
-    assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
-    mean, low, high = other["metrics"]["solved"]  # in points
-    # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
-    assert mean == pytest.approx(1) and low == 0 and 2 < high < 5

@@ -33,6 +33,12 @@ def evaluation(**changes):
                         "temperature": temperature,
                         "n": 40,
                         "metrics": metrics,
+                        "per_seed": {"solved": [value - 5, value + 4], "recognized": [None, 1]},
+                        "grades": {
+                            "first": {"correct": value - 10, "wrong_value": 110 - value},
+                            "retries": {"illegal": 75, "correct": 25},
+                            "repeated": 33.3,
+                        },
                     }
                 )
         table.append(
@@ -49,6 +55,7 @@ def evaluation(**changes):
             for temperature in (0.2, 0):
                 gap = VALUES[arm][0] - VALUES[base][0]
                 metrics = {"solved": [gap, gap - 3, gap + 4.5]}
+                per_seed = {"solved": [gap - 1, gap + 2]}
                 differences.append(
                     {
                         "split": "all",
@@ -57,10 +64,11 @@ def evaluation(**changes):
                         "arm": arm,
                         "base": base,
                         "metrics": metrics,
+                        "per_seed": per_seed,
                     }
                 )
     curve = {
-        "Init": [[10, 60, 50, 70, 90]],
+        "Init": [[10, 60, 50, 70, 90, [[55, 89], [64, 91]]]],
         "sft": [[10, 60, 50, 70, 90], [40, 80, 70, 90, 60]],
         "rl": [[10, 60, 50, 70, 90], [50, 65, 60, 71, 95]],
     }
@@ -81,11 +89,11 @@ def evaluation(**changes):
         "gflops": {"Init": 10, "sft": 40, "rl": 50_000},
         "table": table,
         "differences": differences,
-        "per_run": {"runs/a": differences, "runs/b": differences},
         "curves": dict.fromkeys(VARIANTS, curve),
         "minutes": {"eval": 1.5},
     }
-    found["earlier"] = {"table": table, "differences": differences}
+    before = [{**row, "per_seed": {}} for row in differences]
+    found["earlier"] = {"table": table, "differences": before}
     return {**found, **changes}
 
 
@@ -94,6 +102,7 @@ def show(tmp_path, capsys):
     """report.main over a run folder that holds an evaluation; returns what it prints."""
 
     def shown(*arguments, **changes):
+        changes = {"curves": dict.fromkeys(VARIANTS, {}), **changes}  # drawing takes a second
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(**changes)))
         report.main([str(tmp_path), *arguments])
         return capsys.readouterr().out
@@ -128,6 +137,27 @@ def test_differences_by_hand(show):
         "all     ID        sft - Init    +20.0 [+17.0, +24.5]    +20.0 [+17.0, +24.5]",
         "all     ID        rl - Init      +5.0 [ +2.0,  +9.5]     +5.0 [ +2.0,  +9.5]",
     ]
+
+
+def test_seeds_by_hand(show):
+    """Leading metrics alone; a seed in which nothing was asked is a dash and not in the mean."""
+    printed = show()
+    block = printed[printed.index("success by seed") :].splitlines()
+    assert block[0] == "success by seed, T = 0.2"
+    assert block[1].split() == "together mean of seeds seed 1 seed 2".split()
+    assert block[2].split() == "all ID Init 60.0 59.5 55.0 64.0".split()
+    assert block[8].split() == "all ID sft - Init 20.0 20.5 19.0 22.0".split()
+    block = printed[printed.index("recognition by seed") :].splitlines()
+    assert block[2].split() == "all ID Init 70.0 1.0 - 1.0".split()
+    assert "by seed" not in show(seeds=[1])
+
+
+def test_grades_by_hand(show):
+    printed = show()
+    block = printed[printed.index("all: grades of the answers, T = 0.2") :].splitlines()
+    assert block[1].split() == "answers, % correct wrong_value illegal repeated".split()
+    assert block[2].split() == "first attempts ID Init 50.0 50.0 0.0".split()
+    assert block[8].split() == "retries ID Init 25.0 0.0 75.0 33.3".split()
 
 
 def test_what_never_occurred_is_a_dash(show):
@@ -194,24 +224,34 @@ def test_evaluation_of_an_older_version_is_a_user_error(tmp_path):
 
 # ---------------------------------------------------------------- figures
 def drawn(show, monkeypatch, **changes):
+    """The two pictures: over compute, and the frontier."""
     import matplotlib.pyplot as plt
 
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    show(**changes)
-    figure = plt.gcf()
+    show(**{"curves": evaluation()["curves"], **changes})
+    figure, frontier = [plt.figure(number) for number in plt.get_fignums()]
     monkeypatch.undo()
-    plt.close(figure)
-    return figure
+    plt.close("all")
+    return figure, frontier
 
 
 def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch):
-    axes = drawn(show, monkeypatch).axes
+    axes = drawn(show, monkeypatch)[0].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == ["ID\nsuccess % (T = 0.2)", "", "rule OOD\nsuccess % (T = 0.2)", ""]
-    curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    curves = {
+        line.get_label(): line.get_xydata().tolist()
+        for line in axes[0].lines
+        if line.get_marker() != "."
+    }
     assert curves == {"Init": [[10, 60]], "SFT": [[10, 60], [40, 80]], "RL": [[10, 60], [50, 65]]}
     dots = [dots.get_offsets().tolist() for dots in axes[1].collections]
     assert dots == [[[90, 60]], [[90, 60], [60, 80]], [[90, 60], [95, 65]]]
+    dots = [
+        [dot.get_xydata().tolist() for dot in axis.lines if dot.get_marker() == "."]
+        for axis in axes[:2]
+    ]
+    assert dots == [[[[10, 55]], [[10, 64]]], [[[89, 55]], [[91, 64]]]]  # of the seeds
     assert axes[0].get_title() == "6 episodes per seed and point, seeds: 2"
     assert (show.folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -220,7 +260,8 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
     names = ["Init @ sft/step_1", "Init @ sft/step_5", "sft", "rl"]
     names += [f"rl-x={i}" for i in range(5)]
     points = evaluation()["curves"]["ID"]["rl"]
-    figure = drawn(show, monkeypatch, curves=dict.fromkeys(VARIANTS, dict.fromkeys(names, points)))
+    curves = dict.fromkeys(VARIANTS, dict.fromkeys(names, points))
+    figure, _ = drawn(show, monkeypatch, curves=curves)
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == [*names[:2], "SFT", "RL", *names[4:]]
     assert len({line.get_color() for line in lines}) == len(names)
@@ -231,7 +272,7 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
 
 def test_figure_without_recognition_has_one_column(show, monkeypatch):
     reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
-    axes = drawn(show, monkeypatch, reports=reports).axes
+    axes = drawn(show, monkeypatch, reports=reports)[0].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == [f"{variant}\nper-step accuracy % (T = 0.2)" for variant in VARIANTS]
 
@@ -239,6 +280,56 @@ def test_figure_without_recognition_has_one_column(show, monkeypatch):
 def test_no_curves_no_figure(show):
     assert "written" not in show(curves=dict.fromkeys(VARIANTS, {}))
     assert not (show.folder / "evaluation.png").exists()
+
+
+# ---------------------------------------------------------------- the frontier
+SEEDS = [[[55, 89], [64, 91]], [[65, 90], [84, 90]]]  # (success, recognition) at two points
+PATHS = {
+    "ID": {
+        "Init": [[10, 60, 50, 70, 90, SEEDS[0]]],
+        "sft-sft.lr=2.0e-4": [
+            [10, 60, 50, 70, 90, SEEDS[0]],
+            [40, 80, 70, 90, 60, SEEDS[1]],
+        ],
+    },
+    "rule OOD": {
+        "Init": [[10, 40, 50, 70, 90, [[41, 90], [39, 90]]]],
+        "sft-sft.lr=2.0e-4": [
+            [10, 40, 50, 70, 90, [[41, 90], [39, 90]]],
+            [40, 20, 70, 90, 60, [[25, 90], [15, 90]]],
+        ],
+    },
+}
+ABOVE = {
+    "variant": "rule OOD",
+    "arm": "rl",
+    "base": "sft-sft.lr=2.0e-4",
+    "metrics": {"equal ID": [4.2, -1.1, 9.5]},
+    "per_seed": {"equal ID": [4, 5]},
+}
+
+
+def test_frontier_by_hand(show, monkeypatch):
+    """OOD against ID: all seeds together, then each of them; the last point again, large."""
+    _, figure = drawn(show, monkeypatch, curves=PATHS)
+    (axis,) = figure.axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("ID: success %", "rule OOD: success %")
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    assert lines[::2] == [
+        *([[60, 40]], [[55, 41]], [[64, 39]]),
+        *([[60, 40], [80, 20]], [[55, 41], [65, 25]], [[64, 39], [84, 15]]),
+    ]
+    assert lines[1::2] == [path[-1:] for path in lines[::2]]
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend == ["Init", "SFT, lr=2.0e-4"]
+    assert (show.folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gaps_by_hand(show):
+    printed = show(frontier=[ABOVE])
+    block = printed[printed.index("RL above the curve of SFT") :].splitlines()
+    assert block[1].split() == "points at equal FLOPs at equal ID".split()
+    assert block[2].split() == "rule OOD RL - SFT, lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
 
 
 # ---------------------------------------------------------------- documents
@@ -286,9 +377,22 @@ def test_table_block_says_what_a_reader_must_know(block, tmp_path):
 def test_trainings_block_by_hand(block):
     lines = block("trainings\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
     assert lines[2:] == [
-        "| won: SFT - Init | +20.0 [17.0, 24.5] | +20.0, +20.0 | +20.0 [17.0, 24.5] | not kept |",
-        "| won: RL - Init | +5.0 [2.0, 9.5] | +5.0, +5.0 | +5.0 [2.0, 9.5] | not kept |",
+        "| won: SFT - Init | +20.0 [17.0, 24.5] | +19.0, +22.0 | +20.0 [17.0, 24.5] | not kept |",
+        "| won: RL - Init | +5.0 [2.0, 9.5] | +4.0, +7.0 | +5.0 [2.0, 9.5] | not kept |",
     ]
+
+
+def test_seeds_block_by_hand(block):
+    lines = block("seeds\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
+    assert lines[0] == "| % or points | all together | mean of seeds | seeds 1, 2 |"
+    assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |"
+    assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |"
+
+
+def test_grades_block_by_hand(block):
+    lines = block("grades\nsource: x.json\nsplit: all\n")
+    assert lines[0] == "| answers, % |  |  | correct | wrong_value | illegal | repeated |"
+    assert lines[-1] == "| retries | rule OOD | rl | 25.0 | 0.0 | 75.0 | 33.3 |"
 
 
 def test_grid_block_by_hand(block):
@@ -303,6 +407,17 @@ def test_figure_block_says_how_much_is_behind_the_picture(block):
         "*T, 2 seeds. In the picture each seed and point has 6 hands (bands: 95 %), "
         "in the tables 20.*"
     )
+
+
+def test_frontier_blocks_by_hand(block, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(evaluation(curves=PATHS, frontier=[ABOVE])))
+    lines = block("frontier\nsources: {A: x.json, B: x.json}\nimage: docs/f.png\ntitle: T\n")
+    assert lines[0] == "![T](f.png)"
+    size = "2 seeds, 6 episodes per seed and point"
+    assert lines[2].endswith(f" A: {size}; B: {size}.*")
+    assert block("gaps\nsource: x.json\n")[2:] == [
+        "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5] |"
+    ]
 
 
 def test_unknown_row_is_a_user_error(block):
@@ -323,10 +438,14 @@ def test_documents_command_writes_text_and_figures(block, tmp_path, capsys):
         "<!-- figure\nsource: x.json\nimage: docs/x.png\ntitle: T\nunit: hands\n-->\n<!-- end -->\n"
     )
     (tmp_path / "README.md").write_text("nothing to write here\n")
-    (tmp_path / "docs" / "r.md").write_text(figure)
+    frontier = (
+        "<!-- frontier\nsources: {A: x.json}\nimage: docs/f.png\ntitle: T\n-->\n<!-- end -->\n"
+    )
+    (tmp_path / "docs" / "r.md").write_text(figure + frontier)
     report.main(["--documents"])
     assert "![T](x.png)" in (tmp_path / "docs" / "r.md").read_text()
-    assert (tmp_path / "docs" / "x.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("x.png", "f.png"):
+        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "README.md").read_text() == "nothing to write here\n"
 
 

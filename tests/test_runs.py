@@ -345,7 +345,8 @@ def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch)
     run("rl", Path("moved"), "model.path=./weights")
     assert_same_run(Path("moved/rl"), whole / "rl")
     state = torch.load("moved/rl/step_3/trainer.pt", weights_only=True)
-    assert set(state) == {"optimizer", "tokens", "gflops", "play"}
+    counted = {"tokens", "beyond", "gflops", "official_gflops"}
+    assert set(state) == {"optimizer", *counted, "play"}
 
 
 @pytest.mark.gpu
@@ -842,7 +843,7 @@ def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
     assert "visual OOD" in printed and "rl - sft" in printed
     for curves in report["curves"].values():
         for points in curves.values():
-            assert all(len(point) == 5 for point in points)
+            assert all(len(point) == 6 and len(point[-1]) == 1 for point in points)  # seeds
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -163,6 +163,8 @@ def test_refusal_names_the_setting_and_the_reason(override, words):
         ("ppo.lr=.nan", "between"),
         ("ppo.temperature=0", "between"),
         ("eval.temperatures=[0.2, -1]", "between"),
+        ("eval.temperatures=[{T: 0.6}]", "has no top_p"),
+        ("eval.temperatures=[{T: 0.6, top_p: 1.1}]", "top_p: 1.1 is not between"),
         ("run.seed=-1", "between"),
         ("sft.init_step=100000", "sft.init_step"),
         ("ppo.clip=[", "not YAML"),

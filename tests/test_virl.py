@@ -138,7 +138,8 @@ def test_worked_example(saved, rule):
         assert (reward, terminated, truncated, info["category"]) == (1, i == 9, False, "correct")
         assert info == {"category": "correct", "correct": True, "recognized": True, "attempt": 1,
                         "feedback": "",
-                        "action": action.split("_")[0].split("(")[0], "cluster": info["cluster"]}
+                        "action": action.split("_")[0].split("(")[0], "cluster": info["cluster"],
+                            "positions": len(env.rail)}
 
 
 def test_prompt_lists_the_words_of_its_rule_and_nothing_else_differs(saved):
@@ -355,7 +356,8 @@ def test_reward_and_message_of_a_wrong_action(at_cafe, action, seen, reward, cat
             assert (got, terminated, truncated) == (reward + extra, False, last)
             assert info == {"category": category, "correct": False, "recognized": seen,
                             "attempt": attempt, "action": "turn",
-                            "feedback": feedback, "cluster": info["cluster"]}
+                            "feedback": feedback, "cluster": info["cluster"],
+                            "positions": len(env.rail)}
             assert obs["messages"][-1] == {"role": "user", "content": feedback}
         with pytest.raises(RuntimeError):
             env.step(env.expert())
@@ -656,12 +658,12 @@ def test_unknown_reference_is_named(name):
 
 def test_what_an_evaluation_shows():
     words, pictures = Navigation(), Navigation(image_size=64)
-    assert [r[2] for r in words.reports] == [("first", "per_step"),
+    assert [r[2] for r in words.reports] == [("first", "per_step"), ("positions",),
                                              ("first_forward", "first_stop", "first_turn"),
                                              ("solved",)]
-    assert pictures.reports[:3] == words.reports
-    assert [r[0] for r in pictures.reports[3:]] == ["recognition"]
-    assert pictures.reports[3][2] == ("recognized",) and words.answer_key == '"action"'
+    assert pictures.reports[:4] == words.reports
+    assert [r[0] for r in pictures.reports[4:]] == ["recognition"]
+    assert pictures.reports[4][2] == ("recognized",) and words.answer_key == '"action"'
 
 
 # ---------------------------------------------------------------- pictures

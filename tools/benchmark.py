@@ -14,8 +14,9 @@ bare generate   HF `generate` in batches of ppo.envs and the environments in loc
 Turns/s are compared. Machines are noisy: rounds are interleaved (A B C A B C ...), each starts from
 the same new hands for all three, a ratio is taken within a round and then the median over rounds.
 The learning rate is 0, so that every round meets the same policy. Answers are sampled: compare
-their mean lengths first. `cores`, CPU seconds over wall-clock seconds, falls below `threads` where
-other programs had a share.
+their mean lengths first. On a CPU, the shares say what our rollout and update reach of the cores'
+rate in plain matmuls, measured around them (measure.Iteration.share). `cores`, CPU seconds over
+wall-clock seconds, falls below `threads` where other programs had a share.
 """
 from dataclasses import replace
 from itertools import count
@@ -105,9 +106,10 @@ def one_at_a_time(iteration, ppo, seed):
 
 def ours(iteration, ppo, seed):
     play = iteration.play(ppo.envs, count(seed))
-    batch, rollout = timed(iteration.rollout, play, ppo)
-    _, update = timed(iteration.update, batch, ppo)
-    return batch[0], {"rollout": rollout, "update": update}
+    (batch, rollout), rollout_share = iteration.share(timed, iteration.rollout, play, ppo)
+    (_, update), update_share = iteration.share(timed, iteration.update, batch, ppo)
+    return batch[0], {"rollout": rollout, "update": update,
+                      "rollout_share": rollout_share, "update_share": update_share}
 
 
 def bare_generate(iteration, ppo, seed):
@@ -179,6 +181,9 @@ def report(result):
         verdict = "ok" if r["median"] >= r["wanted"] else "MISSED"
         print(f"{name:<40}{r['median']:>6.2f}x, rounds {min(r['rounds']):.2f} to "
               f"{max(r['rounds']):.2f}, at least {r['wanted']:g} wanted: {verdict}")
+    for phase in ("rollout", "update"):
+        shares = [record[f"{phase}_share"] for record in result["rounds"]["ours"]]
+        print(f"{phase}: {median(shares):.0%} of the matmul rate")
     times = [f"{name} {value:.0f} us" for name, value in result["environment_us"].items()]
     print(f"environment: {', '.join(times)}")
 

@@ -7,7 +7,8 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from statistics import mean
+from time import perf_counter, process_time
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that ours are found
@@ -68,6 +69,16 @@ def wait():
         torch.cuda.synchronize()
 
 
+def matmul_rate(seconds=0.3):
+    """FLOPs per CPU second of products of two 512 x 512 matrices in fp32: what the cores can do."""
+    matrix = torch.randn(512, 512)
+    products, began = 0, process_time()
+    while process_time() < began + seconds:
+        matrix @ matrix
+        products += 1
+    return products * 2 * 512**3 / (process_time() - began)
+
+
 def reset_peak(device):
     """Forget the peak of memory so far (on a CPU in Linux alone: elsewhere it only grows)."""
     if device.type == "cuda":
@@ -77,6 +88,20 @@ def reset_peak(device):
 
 
 # ---------------------------------------------------------------- PPO, as rl.py does it
+def text_weights(policy):
+    """Weights of the text model's linear layers: those that each token of a text is multiplied
+    with, less those of cross-attention."""
+    text_model = policy.family.text_model
+    crossing = getattr(text_model.config, "cross_attention_layers", ())
+    total = 0
+    for number, layer in enumerate(text_model.layers):
+        for name, module in layer.named_modules():
+            if number in crossing or "lora_" in name or not isinstance(module, torch.nn.Linear):
+                continue
+            total += module.in_features * module.out_features
+    return total
+
+
 def new_policy(cfg):
     """The bare base with a fresh LoRA and value head."""
     return Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden, cfg.ppo.value_detach, cfg.run.seed)
@@ -107,6 +132,26 @@ class Iteration:
         self.optimizer = running_optimizer(trained, cfg.ppo.adam_eps)
         self.sampler = torch.Generator(policy.device).manual_seed(cfg.run.seed)
         self.shuffler = torch.Generator().manual_seed(cfg.run.seed)
+
+    def share(self, function, *arguments):
+        """A rollout or update, on a CPU, and the share of the cores' matmul rate that it reached.
+
+        Counted are the products of text tokens with weights, by their shapes: 2 FLOPs per weight
+        to read a token, twice as many again to learn from it. Not counted: attention, the
+        output layer, images, LoRA's own products.
+        Returns: what the function returns, the share.
+        """
+        policy = self.policy
+        tokens = dict(policy.tokens)
+        rates = [matmul_rate()]
+        began = process_time()
+        result = function(*arguments)
+        seconds = process_time() - began
+        rates.append(matmul_rate())  # other programs come and go
+        read = policy.tokens["inference"] - tokens["inference"]
+        learned = policy.tokens["train"] - tokens["train"]
+        flops = (2 * read + 6 * learned) * text_weights(policy)
+        return result, flops / seconds / mean(rates)
 
     def env(self):
         return make_env(self.cfg.env, self.cfg.ppo.verify_iters)
