@@ -14,6 +14,7 @@ from scenery.styles import CATEGORIES, CITIES
 from scenery.town import Scene, Sign
 
 METRES = 111_320  # per degree of latitude
+CLEAR = 8  # metres: no pause is nearer to an end of its leg (official code)
 
 
 def along(a, b, share):
@@ -39,17 +40,12 @@ class Route:
     scene: Scene | None  # what the renderer draws, for synthetic routes
 
     def pauses(self, leg):
-        """The four places on a leg where a walk may pause; None if within 8 m of an end (official).
-
-        Synthetic routes keep 12 m clear of the destination: the bundled models learnt these.
-        """
+        """The four places on a leg where a walk may pause; None if within CLEAR of an end."""
         a, b = self.points[leg], self.points[leg + 1]
         length = math.dist(a, b)
-        is_last = leg == len(self.headings) - 1
-        clear = 12 if is_last and self.scene else 8  # metres before the end
         places = []
         for share in (1 / 5, 2 / 5, 3 / 5, 4 / 5):
-            fits = share * length > 8 and (1 - share) * length > clear
+            fits = min(share, 1 - share) * length > CLEAR
             places.append(along(a, b, share) if fits else None)
         return places
 

@@ -12,7 +12,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from scenery.official import along, geocode, read_route
+from scenery.official import CLEAR, along, geocode, read_route
 from scenery.styles import CATEGORIES, CITIES
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
@@ -27,6 +27,7 @@ NEARBY = 16  # metres: a sign farther away does not count as seen
 READABLE = 25  # metres: a sign farther away cannot be read
 IN_SIGHT = 150  # metres: a street farther away is not drawn
 SIDE = 7  # nodes along each side of a district
+NONE_NEARBY = "No landmark nearby"  # what the official generator writes
 
 
 def stream(*parts):
@@ -168,11 +169,10 @@ class Stop(NamedTuple):
 
 
 def _stops(points, headings):
-    """The Stops before the destination, the last chance to mistake a place for it included."""
+    """The Stops: both ends of every leg and where Route.pauses may lie between them."""
     stops = []
     for a, b, heading in zip(points, points[1:], headings):
         stops += [Stop(along(a, b, i / 5), heading) for i in range(6)]
-    stops[-1] = Stop(along(b, a, 12 / math.dist(a, b)), heading)  # in place of the destination
     return stops
 
 
@@ -184,7 +184,7 @@ def _is_plain(sign, side, point, stops, is_last):
     the place to stop is plain.
     """
     for place, heading in stops:
-        if math.dist(place, point) > 8:
+        if math.dist(place, point) > CLEAR:
             least = NEARBY
             if is_last and octant(_bearing(place, sign) - heading) == side:
                 least = READABLE
@@ -328,8 +328,8 @@ def _official(points, headings, texts, destination, rng, synthetic):
     names = []
     for index, heading in enumerate(headings):
         text = texts[index]
-        info += BLOCK.format(index=index, landmark=text, metres=distances[index], heading=heading,
-                             word=COMPASS[octant(heading)])
+        info += BLOCK.format(index=index, landmark=text or NONE_NEARBY, metres=distances[index],
+                             heading=heading, word=COMPASS[octant(heading)])
         name = re.sub("^The destination | is on your .*", "", text) if text else None
         names.append(name)
     return {

@@ -86,8 +86,9 @@ def blocks(route):
     fields = [line.split(": ", 1) for line in lines if ": " in line]
     every = {name: [value.strip('"') for key, value in fields if key == f'"{name}"'] for name in
              ("to_next_intersection_heading", "human_heading", "landmarks")}
-    return [(int(h.split()[0]), h.split("(")[1][:-1], None if text == "None" else text)
-            for h, word, text in zip(*every.values())]
+    landmarks = [None if text == "No landmark nearby" else text for text in every["landmarks"]]
+    headings = every["to_next_intersection_heading"]
+    return [(int(h.split()[0]), h.split("(")[1][:-1], text) for h, text in zip(headings, landmarks)]
 
 
 @lru_cache(maxsize=None)
@@ -304,7 +305,7 @@ def test_generator_makes_the_routes_that_models_were_trained_on():
     it."""
     made = [official(split)[i] for split in SIZES for i in range(18)]
     digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()
-    assert digest == "e93bde6dd8a58375126c51741afa7590cc68efee29e62a4aeb537e52e3679be9"
+    assert digest == "5e505e54d821d0f3f3a5087a4c48c8ae0c5f4c830c0257096fa79e0144631755"
 
 
 # ---------------------------------------------------------------- the official file
@@ -357,14 +358,17 @@ def test_landmark_may_have_any_name(saved, name):
         assert read.headings == (29, 299, 350)
 
 
-def test_pauses_keep_8_metres_clear_of_the_destination_if_no_model_was_trained_without(saved):
+def test_pauses_keep_8_metres_clear_of_both_ends(saved):
     legs = [(29, 60, None), (299, 25, "The destination Town Hall is on your left")]
     (route,) = official_file.read_routes(saved([entry(legs)]))
     clear = [place and round(math.dist(place, route.points[2])) for place in route.pauses(1)]
     assert clear == [None, 15, 10, None]  # 5 m are too near the other end
-    made = routes.split_route("train", 0, (2, 8))
-    for place in filter(None, made.pauses(len(made.headings) - 1)):
-        assert math.dist(place, made.points[-1]) > 12
+    nearest = []
+    for i in range(100):
+        made = routes.split_route("train", i, (2, 8))
+        last = filter(None, made.pauses(len(made.headings) - 1))
+        nearest += [math.dist(place, made.points[-1]) for place in last]
+    assert 8 < min(nearest) < 9  # synthetic routes as well
 
 
 @pytest.mark.parametrize("init, heading",

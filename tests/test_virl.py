@@ -261,7 +261,7 @@ def test_what_is_told_can_be_seen_and_nothing_else_can_be_taken_for_it(split):
         for p in env.rail[:-1]:
             seen = nearest(SIDES, between(p.place, sign), p.heading)
             assert math.dist(p.place, sign) > 25 or seen != side
-            assert p.leg != end.leg or math.dist(p.place, end.place) > 11.95
+            assert p.leg != end.leg or math.dist(p.place, end.place) > 7.95
     assert others > 1000
 
 

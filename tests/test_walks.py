@@ -7,15 +7,19 @@ import io
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
-from conftest import CONFIG, policies
+import yaml
+from conftest import CONFIG, ROOT, policies
 from test_runs import assert_same_run, lines, log, run, run_report, stop_after
 
 from lib import settings as config
 import virl
+from mini import corpus_virl
 from rollout import EVAL_SEEDS, make_env
+from scenery.routes import COMPASS, SIDES, SPLITS
 
 WORDS, VIEWS = CONFIG.with_name("virl_l.yaml"), CONFIG.with_name("virl_vl.yaml")
 TINY = (
@@ -135,13 +139,13 @@ def eyes():
 
 def test_prompts_and_answers_are_short():
     """Whole phrases are tokens: a prompt of the mini is far from the 400 tokens that made an
-    update take minutes.
+    update take minutes. Answers are put together from smaller pieces, which the backbone knows.
     """
     policy = policies(config.load([str(WORDS)])[0])(noise=0)
     found = stops(WORDS, 40, what="")
     prompts = [len(s.ids) for s in policy.encode([obs for _, obs in found])]
     answers = [len(ids) for ids in policy.encode_answers([env.expert() for env, _ in found])]
-    assert sum(prompts) / 40 < 100 and max(prompts) < 200 and sum(answers) / 40 < 18
+    assert sum(prompts) / 40 < 100 and max(prompts) < 200 and sum(answers) / 40 < 22
     assert max(answers) <= config.load([str(WORDS)])[0].model.max_new_tokens
 
 
@@ -176,3 +180,141 @@ def test_images_of_one_walk_are_scored_with_their_own_turns(eyes):
         together = eyes.score(sequences)["logprobs"]
         alone = torch.cat([eyes.score([s])["logprobs"] for s in sequences])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+# ---------------------------------------------------------------- what the backbone reads
+RECIPE = yaml.safe_load((ROOT / "mini/virl.yaml").read_text())
+SLOW = pytest.mark.slow
+SLIGHT = {"slightly left": -1, "slightly right": 1}  # octants
+
+
+def reader(image_size=None, routes=100, **changes):
+    stage = RECIPE["vision"] if image_size else {}
+    data = {**RECIPE["data"], **stage, "routes": routes, **changes}
+    return corpus_virl.Corpus(data, 1, image_size)
+
+
+@pytest.fixture
+def any_route(monkeypatch):
+    """A reader takes seconds less if it need not know the routes of every split."""
+    monkeypatch.setattr(corpus_virl, "evaluated", lambda _: set())
+
+
+def lines_of(document):
+    """The numbered lines of the instructions that a document shows."""
+    block = re.findall(r"^\d+\. (Turn .*|Move .*)$", document.text, re.MULTILINE)
+    return tuple(block)
+
+
+@pytest.mark.parametrize(
+    "n, image_size, routes",
+    [(1500, None, 100), (60, [224, 224], 20), pytest.param(100_000, None, 4000, marks=SLOW)])
+def test_backbone_reads_no_route_of_any_split_and_no_answer_of_the_task(n, image_size, routes):
+    """The first turn hangs on where a walk starts to look; the other lines are the route's."""
+    kept = set()
+    for split, size in SPLITS.items():
+        env = virl.Navigation(split=split, milestones=RECIPE["data"]["milestones"])
+        for seed in range(size):
+            env.reset(seed)
+            kept.add(tuple(env.instructions[1:]))
+    corpus, shown = reader(image_size, routes), 0
+    for _ in range(n):
+        document = corpus.document()
+        rest = lines_of(document)[1:]
+        assert rest not in kept, document.text
+        shown += bool(rest)
+        assert not re.search(r"turn_direction\(|forward\(\)|stop\(\)", document.text)
+        for key in virl.KEYS:
+            assert f'"{key}"' not in document.text
+        assert (document.image is not None) == bool(image_size)
+    assert shown > n / 2
+
+
+def test_a_route_of_the_corpus_that_reads_like_one_of_the_task_is_left_out(monkeypatch):
+    milestones = tuple(RECIPE["data"]["milestones"])
+    twin = corpus_virl.routes.split_route("corpus", 3, milestones)
+    taken = {corpus_virl.told_by(twin)}
+    monkeypatch.setattr(corpus_virl, "evaluated", lambda _: taken)
+    own = reader(routes=10).env._routes
+    assert len(own) == 9 and twin not in own
+
+
+def wanted_step(document):
+    """(observation, number of the instruction, pattern of the next step) by a count of its own:
+    the instruction after as many turns as were done, in the words that were asked for."""
+    lines = lines_of(document)
+    story = re.search(r"\n(?:Step 1: |So far: )(.*)\nNow", document.text, re.DOTALL)
+    (now,) = re.findall("Now: (.*?) (?:What |Which |Read |JSON: )", document.text)
+    done = len(re.findall("You turned|I went", story[1] if story else ""))
+    if "destination" in now:
+        return now, len(lines), "You have arrived|Stop, this is it"
+    if story and "intersection" not in now:
+        return now, 2 * done, "Walk on|Just keep going"
+    turn, compass = re.fullmatch("Turn (.*) to face (.*).", lines[2 * done]).groups()
+    word = compass if ": north, " in document.text else turn
+    return now, 2 * done + 1, f"Now turn {word}|Go {word}, please"
+
+
+def test_next_steps_are_told_in_the_words_asked_for(any_route):
+    corpus, met = reader(slip=0, blind=0, mixed=0), set()
+    for _ in range(400):
+        document = corpus.told()
+        now, number, step = wanted_step(document)
+        line = lines_of(document)[number - 1]
+        for asked, reply in re.findall(r"([^>]*)<\|assistant\|>([^<]*)", document.text):
+            if "JSON: " in asked:
+                keys = asked.split("JSON: ")[1].strip().split(", ")
+                report = json.loads(reply)
+                assert list(report) == keys
+                for key, text in report.items():
+                    (what,) = [w for w, named in corpus_virl.REPORT.items() if key in named]
+                    right = {"seen": re.escape(now), "line": re.escape(line), "next": f"({step})."}
+                    assert re.fullmatch(right[what], text)
+                    met.add(what)
+            elif asked.endswith("What do you see?"):
+                assert reply == now
+            elif asked.endswith("Which instruction is it?"):
+                assert reply == f"Number {number}: {line}"
+            elif asked.endswith("then say what to do."):
+                assert re.fullmatch(f"{line} ({step}).", reply)
+            else:
+                assert re.fullmatch(f"({step}).", reply)
+                met.add(reply)
+    assert len(met) > 25
+
+
+def test_turns_and_sides_are_told_right(any_route):
+    """By the octants of COMPASS and SIDES, a turn of one of them being slight."""
+    corpus, found = reader(), 0
+    for _ in range(100):
+        for line in corpus.turning().text.splitlines():
+            a, turn, b = re.findall("slightly left|slightly right|north\\w*|south\\w*|"
+                                    "east|west|left|right", line)
+            if "want" in line:
+                turn, b = b, turn
+            change = (COMPASS.index(b) - COMPASS.index(a) + 4) % 8 - 4
+            assert (abs(change) == 1) == (turn in SLIGHT)
+            assert (change > 0) == turn.endswith("right")
+            found += 1
+        for line in corpus.sides().text.splitlines():
+            name, side, rest = re.search(r"(\w+ \w+) is on your ([a-z ]+)(.*)", line).groups()
+            if "You turn" in rest:
+                turned = 2 if "right" in rest.split(":")[0] else -2
+                after = rest.split("on your ")[1].rstrip(".")
+                assert SIDES.index(after) == (SIDES.index(side) - turned) % 8
+                found += 1
+    assert found > 600
+
+
+def test_wrong_replies_carry_no_loss_and_the_next_is_another_one(any_route):
+    corpus, corrected = reader(slip=0.6), 0
+    for kind in (corpus.tour, corpus.told, corpus.json_task):
+        for _ in range(100):
+            parts = kind().parts
+            for (reply, learned), (request, _), (other, _) in zip(parts, parts[1:], parts[2:]):
+                if "Try again." in request:
+                    assert not learned and reply != other
+                    corrected += 1
+                elif reply.endswith("<|end|>"):
+                    assert learned
+    assert corrected > 300
