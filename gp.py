@@ -144,8 +144,8 @@ def solutions(values, target=24):
 def is_unseen(values):
     """Whether a multiset of values (under the rule in force) is of the eighth kept for evaluation.
 
-    No training stage deals it: SFT and PPO take split "train", and so does the pre-training of the
-    bundled models (mini/corpus_gp.py; its plain sums and wrong tries may still show such numbers).
+    No training stage shows it: SFT and PPO take split "train", and the pre-training of the bundled
+    model leaves it out of hands, sums, wrong tries and lists (mini/corpus_gp.py).
     By SHA-256, the same for ever: checkpoints depend on it.
     """
     digest = hashlib.sha256(f"gp|{tuple(sorted(values))}".encode()).digest()
