@@ -96,7 +96,7 @@ def test_the_episode_is_what_the_verifier_says():
     """README's prompt, verifier's text, rewards and picture, from the seed that it names."""
     text = (ROOT / "README.md").read_text()
     episode = re.search(r"^Prompt .*?^```", text, re.MULTILINE | re.DOTALL)[0]
-    first, second = re.findall(r"Answer \d +(\{.*)", episode)
+    first, second = re.findall(r"Answer \d +(.*)", episode)
     env = gp.GeneralPoints(split="all", image_size=[112, 112])
     obs, _ = env.reset(int(re.search(r"evaluation seed (\d+)", text)[1]))
     prompt = obs["messages"][0]["content"][1]["text"]
