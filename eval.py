@@ -370,14 +370,16 @@ class Evaluation:
         return cells
 
     def curve(self, variant):
-        """{Init or training: its Checkpoints in order, with the Init that it began from}."""
+        """{Init or training: its Checkpoints in order, from the Init that it began from on}."""
         curve = {}
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
             curve[name] = [self.checkpoint(place, paths) for paths in points]
-        for name, init in self.comparison.starts_elsewhere().items():
+        for name, init in self.comparison.starts_of_trainings().items():
             if curve:
-                curve[name] = curve[init] + curve[name]
+                (start,) = curve[init]
+                later = [point for point in curve[name] if point.gflops > start.gflops]
+                curve[name] = [start, *later]
         return curve
 
     def checkpoint(self, place, paths):

@@ -136,13 +136,13 @@ class Comparison:
                 found.append((later, earlier))
         return [(arm.name, base.name) for arm, base in found]
 
-    def starts_elsewhere(self):
-        """{training: name of the Init that it began from}, where that is none of its own steps."""
+    def starts_of_trainings(self):
+        """{training: name of the Init that it began from}, where that is known."""
         found = {arm.name: arm.starts[0].name for arm in self.ppo if arm.starts}
         names = {init.checkpoints: init.name for init in self.inits}
         for training in self.trainings:
             start = own_start(training) if training.name in self._sft else None
-            if start in names and start[0].parent != training.folder:
+            if start in names:
                 found[training.name] = names[start]
         return found
 
