@@ -45,6 +45,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def subnormal_floats(request):
+    """policy.py has the processor flush them to 0; hypothesis, which draws floats, wants them."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(not getattr(request.function, "is_hypothesis_test", False))
+
+
 # ---------------------------------------------------------------- settings and policies (torch is
 # imported on first use)
 @pytest.fixture(scope="session")

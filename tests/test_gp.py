@@ -763,7 +763,7 @@ def test_prompt_is_the_picture_and_a_text_that_knows_nothing_of_it():
             assert [part["type"] for part in message["content"]] == ["image", "text"]
             texts.add(message["content"][1]["text"])
         (text,) = texts  # the same words whatever the cards
-        assert text.endswith("Cards: in the picture.")
+        assert text.endswith(f"Cards: {gp.PICTURE}")
         words = GeneralPoints(**options).reset(0)[0]["messages"][0]["content"]
         assert text.split("Cards:")[0] == words.split("Cards:")[0]  # else that of GP-L
 

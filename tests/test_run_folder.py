@@ -48,7 +48,7 @@ def open_run(raw, tmp_path):
     Changes are made to the YAML; overrides come from the command line and name the arm.
     """
     raw["run"]["dir"] = str(tmp_path)
-    raw["ppo"]["init"] = "none"
+    raw["ppo"]["init"], raw["sft"]["init_step"] = "none", 10
 
     def opened(script, changes=(), overrides=()):
         changed = copy.deepcopy(raw)
@@ -119,14 +119,15 @@ def test_run_that_is_older_than_a_key_continues_under_its_default(open_run, monk
     run = open_run("rl")
     save(run, 1, True)
     settings_then = yaml.safe_load((run.dir / "config.yaml").read_text())
-    del settings_then["ppo"]["clip"], settings_then["env"]["replacement"]
+    clip = settings_then["ppo"].pop("clip")
+    del settings_then["env"]["replacement"]
     (run.dir / "config.yaml").write_text(yaml.safe_dump(settings_then))
     with pytest.raises(UserError, match="env.replacement = None"):
         open_run("rl")
-    monkeypatch.setitem(settings.DEFAULTS, "ppo.clip", 0.1)
+    monkeypatch.setitem(settings.DEFAULTS, "ppo.clip", clip)
     monkeypatch.setitem(settings.DEFAULTS, "env.replacement", False)
     assert open_run("rl").step == 1
-    with pytest.raises(UserError, match="ppo.clip = 0.1, not 0.3"):
+    with pytest.raises(UserError, match=f"ppo.clip = {clip}, not 0.3"):
         open_run("rl", ["ppo.clip=0.3"])
 
 
@@ -270,7 +271,7 @@ def test_where_no_start_fits_the_message_says_what_does(tmp_path):
 
 def test_arms_with_another_start_have_another_name(raw, tmp_path):
     """And their config.yaml says where they started."""
-    raw["run"]["dir"] = str(tmp_path)
+    raw["run"]["dir"], raw["ppo"]["init"] = str(tmp_path), "sft/step_10"
     lay(tmp_path, "sft/step_10", "sft-sft.lr=0.1/step_10")
     starts = {}
     for overrides in (["ppo.clip=0.3"], ["ppo.clip=0.3", "sft.lr=0.1"]):

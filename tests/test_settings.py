@@ -98,6 +98,7 @@ def test_missing_key_or_section_is_named(raw):
 def test_newer_key_may_be_left_out(raw, monkeypatch):
     """It then has the value that means "as before"; one that is given counts."""
     monkeypatch.setitem(config.DEFAULTS, "ppo.clip", 0.25)
+    raw["ppo"]["clip"] = 0.1
     assert check(raw)["ppo"]["clip"] == 0.1
     del raw["ppo"]["clip"]
     assert check(raw)["ppo"]["clip"] == 0.25
