@@ -40,13 +40,12 @@ _PROMPT = gp.PROMPT.format(target=24, J="#", Q="#", K="#", cards="")
 GAME, _rest = _PROMPT.split("'A' counts", 1)
 RULE, _rest = _rest.split("Answer with", 1)
 RULE = "'A' counts" + RULE
-FORM = "Answer with" + _rest  # ends with "Cards: "
+FORM = ("Answer with" + _rest).removesuffix("Cards: ")
 
 
 def phrases():
     """Constant pieces of the documents and of the task, one token each; digits stay bytes."""
-    form, cards = FORM.split("Cards: ")[0], "Cards: "
-    pieces = [GAME, *RULE.split("#"), form, cards + "[", cards + gp.PICTURE, "Numbers: ["]
+    pieces = [GAME, *RULE.split("#"), FORM, "Cards: [", f"Cards: {gp.PICTURE}", "Numbers: ["]
     pieces += [" make 24: ", " make ", ": ", "JSON: ", PUZZLE, REPEAT, NAME]
     pieces += ['{"', '": [', '], "', '": "', '": ', '", "', '"}', "]}", "=24", ", "]
     pieces += [*WORDS, *ASKED.values(), "10", "11", "12", "13", "24"]
@@ -161,7 +160,7 @@ class Corpus:
         return Cards(env.rule, env.cards, env.image)
 
     def some_cards(self):
-        """Cards: those of a picture, or three to six in words, that no hand need be made of."""
+        """Cards: four dealt in a picture, or any three to six in words."""
         if self.image_size:
             return self.dealt()
         rule, count = self.rule(), self.rng.randint(3, 6)
@@ -176,7 +175,7 @@ class Corpus:
         return [self.rng.randint(1, 13) for _ in range(count)]
 
     def hand(self):
-        """Four numbers, in any order, that make 24 and that no card need stand for."""
+        """Four numbers in any order that make 24, with no cards behind them: no unseen ones."""
         while True:
             values = self.some_numbers(4, 4)
             if not gp.is_unseen(values) and gp.solutions(tuple(sorted(values))):
