@@ -277,6 +277,15 @@ class Corpus:
             request = ""
         return chat(exchanges)
 
+    def diary(self):
+        """A whole walk as somebody tells of it afterwards."""
+        self.env.reset(self.rng.getrandbits(48))
+        rule, manner = self.rng.choice(tuple(virl.RULES)), self.rng.choice(MANNERS)
+        end = len(self.env.rail) - 1
+        arrived = NOW.format(seen=self.env.rail[end].observation) + f" {manner.arrive}"
+        told = self.story(manner, end, rule) + arrived
+        return prose((self.map(rule), False), (told, True))
+
     def look(self):
         """What a picture shows, among the landmarks on the way."""
         at, image = self.position()
@@ -412,9 +421,11 @@ class Corpus:
         return chat(exchanges)
 
     def echo(self):
-        """Words to be repeated; those of the task's answers among them."""
-        words = self.rng.sample(WORDS, self.rng.randint(2, 5))
-        words = [self.rng.choice(("", CURRENT)) + word for word in words]
+        """Words, names and sentences to be repeated; those of the task's answers among them."""
+        words = []
+        for _ in range(self.rng.randint(3, 8)):
+            key = self.rng.choice(("", CURRENT)) + self.rng.choice(WORDS)
+            words.append(self.rng.choice((key, self.value(), self.value())))
         said = ", ".join(words)
         return chat([Exchange(REPEAT.format(words=said), said)])
 

@@ -255,6 +255,19 @@ def wanted_step(document):
     return now, 2 * done + 1, f"Now turn {word}|Go {word}, please"
 
 
+def test_a_diary_tells_every_turn_in_the_words_asked_for(any_route):
+    corpus = reader()
+    for _ in range(50):
+        document = corpus.diary()
+        (_, learned), (told, told_learned) = document.parts[1:]
+        turns = [re.fullmatch("Turn (.*) to face (.*).", line)
+                 for line in lines_of(document) if line.startswith("Turn")]
+        words = [turn[2] if ": north, " in document.text else turn[1] for turn in turns]
+        assert re.findall(r"(?:turned|went) (.*?)\.", told) == words
+        assert re.search(r"(You have arrived|Stop, this is it)\.$", told)
+        assert told_learned and not learned
+
+
 def test_next_steps_are_told_in_the_words_asked_for(any_route):
     corpus, met = reader(slip=0, blind=0, mixed=0), set()
     for _ in range(400):
