@@ -411,7 +411,9 @@ class Corpus:
         """Calls as in code, none of them one of the task's actions."""
         exchanges = []
         for _ in range(3):
-            verb, thing = self.rng.choice(VERBS), self.rng.choice(CATEGORIES)
+            direction = self.rng.choice((*routes.COMPASS, *virl.TURNS))
+            thing = self.rng.choice((self.rng.choice(CATEGORIES), direction))
+            verb = self.rng.choice(VERBS)
             others = [thing for thing in OBJECTS if verb + thing != "turn_direction"]
             name = verb + self.rng.choice(("", *others))
             said = thing
