@@ -83,9 +83,9 @@ def word_of(env, at, rule):
 
 
 def told_by(route):
-    """What instructions say of a route wherever a walk starts: all but the first turn's word."""
+    """What instructions say of a route after their first line, which hangs on where one looks."""
     turns = [routes.turn_word(*pair) for pair in zip(route.headings, route.headings[1:])]
-    octants = [routes.octant(heading) for heading in route.headings]
+    octants = [routes.octant(heading) for heading in route.headings[1:]]
     return route.landmarks, tuple(turns), tuple(octants)
 
 

@@ -19,12 +19,11 @@ import gp
 import virl
 from lib.batching import Sequence
 from lib.runs import arm_name, checkpoints
-from lib.settings import load, run_main
+from lib.settings import UserError, load, run_main
 from mini import corpus_virl
 from mini.documents import SPECIAL
 from policy import Policy
 from rollout import evaluate, evaluation_seeds, make_env
-from scenery import routes
 
 HANDS, STEPS = 500, 400
 TUNING = 100  # added to the evaluation's seed: its hands are never those of the results
@@ -41,7 +40,7 @@ def played(policy, cfg, variant, verify_iters):
 
 
 def share(records, metric):
-    """Of the records that count it: a walk may end before its first stop."""
+    """Share of right ones in all records together; a walk that never stopped counts no stop."""
     counts = [record["counts"][metric] for record in records if metric in record["counts"]]
     return sum(right for right, _ in counts) / max(1, sum(of for _, of in counts))
 
@@ -82,11 +81,13 @@ def puzzles_solved(policy, env, seeds):
 
 
 def steps_known(policy, rule, temperature):
-    """Shares of all next steps, and of turns, that the backbone knows in plain words."""
+    """Shares of all next steps, and of turns, that the backbone knows in plain words.
+
+    On the routes of the split `unseen`, whose next steps are asked for as the corpus asks.
+    """
     recipe = yaml.safe_load((Path(__file__).parent / "virl.yaml").read_text())
     corpus = corpus_virl.Corpus({**recipe["data"], "routes": 1, "turns": 0}, TUNING)
-    (size, milestones) = routes.SPLITS["unseen"], tuple(recipe["data"]["milestones"])
-    corpus.env._routes = [routes.split_route("unseen", i, milestones) for i in range(size)]
+    corpus.env = virl.Navigation(split="unseen", milestones=recipe["data"]["milestones"])
     asked, expected, at_turns = [], [], []
     for _ in range(STEPS):
         at, _ = corpus.position()
@@ -123,7 +124,10 @@ def main(arguments):
         for rule in virl.RULES:
             known, turns = steps_known(policy, rule, cfg.eval.temperatures[0])
             print(f"bare, plain words, {rule} steps: {known:.1%}, turns {turns:.1%}", flush=True)
-    for _, path in checkpoints(Path(cfg.run.dir) / arm_name("sft", overrides)):
+    arm = Path(cfg.run.dir) / arm_name("sft", overrides)
+    if not checkpoints(arm):
+        raise UserError(f"{arm} has no checkpoints: run sft.py with the same overrides first")
+    for _, path in checkpoints(arm):
         policy.load(path, value_head=False)
         records = played(policy, cfg, "ID", attempts)
         describe(f"{path.name}, ID", records, metrics)
