@@ -1,7 +1,8 @@
 """Evaluate every arm found under a run, in and out of distribution; report.py shows what came out.
 
     python eval.py CONFIG.yaml [key=value ...]    eval.transcripts=3 also keeps whole episodes,
-                                                  eval.runs=[runs/a,runs/b] pools the runs of seeds
+                                                  eval.runs=[runs/a,runs/b] pools the runs of seeds,
+                                                  eval.arms=[sft,rl] plays these folders alone
     python report.py CONFIG.yaml                  tables, paired differences, the paper's Figure 5
 
 Arms (lib/arms.py): where PPO began (Init), every rl* folder (its last checkpoint) and every sft*
@@ -301,7 +302,7 @@ class Evaluation:
         folders = [Path(folder) for folder in e.runs or [cfg.run.dir]]
         self.gflops = cache(lambda checkpoint: load_state(checkpoint)["gflops"])
         self.official = cache(lambda checkpoint: load_state(checkpoint)["official_gflops"])
-        self.comparison = Comparison(folders, cfg.ppo.init, self.gflops)
+        self.comparison = Comparison(folders, cfg.ppo.init, self.gflops, e.arms)
         self.shown = {arm.name: arm.checkpoints for arm in self.comparison.arms}
         for name in e.save_merged:
             if name not in self.shown:

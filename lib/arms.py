@@ -70,10 +70,13 @@ def seed_of(checkpoint):
     return Seed(settings["run"]["seed"], settings["model"]["path"])
 
 
-def find_trainings(runs, kind):
-    """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10."""
+def find_trainings(runs, kind, chosen=()):
+    """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10; of those that are chosen.
+    """
     found = []
     names = {path.name for path in runs[0].glob(f"{kind}*")}
+    if chosen:
+        names &= set(chosen)
     for name in sorted(names, key=natural_order):
         paths = [[path for _, path in checkpoints(run / name)] for run in runs]
         if all(paths):
@@ -91,17 +94,24 @@ class Comparison:
 
     Args:
         runs: folders (Paths); init: ppo.init of the given configuration, for runs without PPO;
-        gflops: function of a checkpoint's path.
+        gflops: function of a checkpoint's path;
+        chosen: names of the trainings to compare (eval.arms), none: all.
     Attributes:
         trainings: those that all runs have; inits, sft, ppo: Arms; notes: lines that a reader of
         the table must know.
     Raises: UserError if there is nothing to evaluate.
     """
 
-    def __init__(self, runs, init, gflops):
+    def __init__(self, runs, init, gflops, chosen=()):
         self.runs, self.gflops, self.notes = runs, gflops, []
-        sft, rl = find_trainings(runs, "sft"), find_trainings(runs, "rl")
+        self.chosen = chosen
+        sft, rl = find_trainings(runs, "sft", chosen), find_trainings(runs, "rl", chosen)
         self.trainings = sft + rl
+        there = [training.name for training in self.trainings]
+        for name in chosen:
+            if name not in there:
+                raise UserError(f"eval.arms: no {name} with a checkpoint in {runs[0]} (and in all "
+                                "other runs, if several are pooled)")
         if not self.trainings:
             raise UserError(f"nothing to evaluate under {runs[0]}: run sft.py and rl.py first")
         self._inits = {}  # Arms by their checkpoints
@@ -124,7 +134,7 @@ class Comparison:
 
     def pairs(self):
         """(arm, base) names: all with their starts; PPO with SFT at its compute, and with other PPO
-        from its start."""
+        from its start (where arms were chosen: with other PPO)."""
         found = []
         for arm in self.sft + self.ppo:
             found += product([arm], arm.starts)
@@ -132,7 +142,7 @@ class Comparison:
             if arm.partner:
                 found.append((arm, arm.partner))
         for earlier, later in combinations(self.ppo, 2):
-            if later.starts and later.starts == earlier.starts:
+            if self.chosen or (later.starts and later.starts == earlier.starts):
                 found.append((later, earlier))
         return [(arm.name, base.name) for arm, base in found]
 

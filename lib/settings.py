@@ -114,6 +114,7 @@ SCHEMA = {
     "eval.curve_points": whole(0),
     "eval.seed": whole(0, 2**31),
     "eval.runs": list_of(text),
+    "eval.arms": list_of(text),
     "eval.save_merged": list_of(text),
     "eval.transcripts": whole(0, 1000),
     "run.dir": text,
@@ -122,7 +123,7 @@ SCHEMA = {
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
 DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
-            "eval.curve_points": 8}
+            "eval.curve_points": 8, "eval.arms": []}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")
@@ -156,7 +157,7 @@ def load(arguments):
     if not arguments or arguments[0].startswith("-"):
         raise UserError(usage)
     path, *overrides = arguments
-    raw = _read(Path(path), usage)
+    raw = read_yaml(Path(path), usage)
     last = {}  # of the same key: {key: argument}
     for argument in map(_readable, overrides):
         override(raw, argument)
@@ -176,8 +177,8 @@ def _readable(argument):
     return os.fsencode(argument).decode(errors="surrogateescape")
 
 
-def _read(path, usage):
-    """The mapping in a YAML file."""
+def read_yaml(path, usage):
+    """The mapping in a YAML file. Raises: UserError, with the usage where there is no such file."""
     try:
         raw = _parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
