@@ -15,7 +15,7 @@ PROGRAM = {
     )
     for p in PATHS
 }
-LEAVES = ("sft", "rl", "eval", "report", "plan")  # import each other never
+LEAVES = ("sft", "rl", "eval", "report", "plan", "findings")  # import each other never
 PURE = (
     "gp",
     "virl",
@@ -24,7 +24,10 @@ PURE = (
     "lib.runs",
     "lib.answers",
     "lib.checks",
+    "lib.suite",
+    "lib.jobs",
     "report",
+    "findings",
 )  # without torch
 LAYERS = (  # a module imports from layers above its own line, or from its own folder
     ("lib", "scenery"),

@@ -1,0 +1,235 @@
+"""Run what the paper's seven findings need, and say of each whether it is shown.
+
+    python findings.py configs/mini                      all of them; stopped, the same goes on
+    python findings.py configs/mini 1 5 7                these
+    python findings.py configs/mini --quick              one seed, short: under an hour, 2 cores
+    python findings.py configs/mini --list               only prints the commands, for a scheduler
+    python findings.py configs/mini --jobs 1 ppo.lr=5e-5 any key=value goes to every command
+
+What is run for a finding, and the rule by which it counts as shown, stand in findings.yaml of that
+folder, to be read and edited. Here are only sft.py, rl.py and eval.py, called as one would by hand:
+each resumes, or ends at once if it is done (lib/suite.py makes the commands, lib/jobs.py runs them
+side by side). Findings share what they have in common.
+
+Written to the suite's folder: the table as findings.json,
+
+    {folder, quick, commit, findings: {number: {name, verdict, minutes, seeds, interval_over,
+    evaluations: {name: path}, unfinished: [..], notes: [..], provided: {.., values, holds},
+    decides, beside: [{at, says, paper, estimate: [value, low, high], per_seed, verdict}]}}}
+"""
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lib.jobs import Board, Crew, cores, minutes_by_job
+from lib.runs import hold, write_atomic, writing
+from lib.settings import ROOT, UserError, run_main
+from lib.suite import Suite, chosen
+from lib.verdicts import MISSING, Evaluation, verdict_of_all
+
+HEAD = ("finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes")
+ONE_SEED = "hands or routes alone: one seed; another training may fall outside"
+SEEDS = "seeds, and hands or routes"
+
+
+# ---------------------------------------------------------------- what came out
+def read_evaluations(suite, number):
+    """{name: Evaluation} of a finding, of those that are there."""
+    found = {}
+    for name in suite.evaluations_of([number]):
+        path = suite.folder / name / "evaluation.json"
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            raise UserError(f"{path} is damaged; remove it and run the same again") from None
+        names = {arm: suite.trained(arm) for arm in suite.evaluations[name]["arms"]}
+        found[name] = Evaluation(written, names)
+    return found
+
+
+def measured(line, evaluations):
+    """A line of a finding with what came out, as findings.json holds it."""
+    evaluation = evaluations.get(line["at"][0])
+    if evaluation is None:
+        return {**line, "estimate": None, "per_seed": [], "verdict": MISSING}
+    return {**line, **evaluation.found(line)._asdict()}
+
+
+def finding_result(suite, number, failed):
+    """A finding as findings.json holds it.
+
+    Args: failed: {name of a job: what went wrong}.
+    """
+    finding, evaluations = suite.findings[number], read_evaluations(suite, number)
+    result = {"name": finding["name"]}
+    for kind in ("decides", "beside"):
+        result[kind] = [measured(line, evaluations) for line in finding.get(kind, [])]
+    verdicts = [line["verdict"] for line in result["decides"]]
+    holds, result["notes"] = True, notes_on(finding, evaluations)
+    if "provided" in finding:
+        holds, values = provided(finding["provided"], evaluations)
+        result["provided"] = {**finding["provided"], "values": values, "holds": holds}
+    result["verdict"] = verdict_of_all(verdicts, holds)
+    jobs, minutes = suite.jobs_of(number), minutes_by_job(suite.folder)
+    result["unfinished"] = [f"{job}: {failed[job]}" for job in jobs if job in failed]
+    result["minutes"] = round(sum(minutes.get(job, 0) for job in jobs), 1)
+    result["seeds"] = min(len(suite.seeds(name)) for name in suite.evaluations_of([number]))
+    result["interval_over"] = SEEDS if result["seeds"] > 1 else ONE_SEED
+    folder = suite.folder
+    result["evaluations"] = {name: str(folder / name / "evaluation.json") for name in evaluations}
+    return result
+
+
+def provided(condition, evaluations):
+    """(Whether it holds, its two values, None where nothing is measured)."""
+    evaluation = evaluations.get(condition["at"][0])
+    return evaluation.holds(condition) if evaluation else (False, [None, None])
+
+
+def notes_on(finding, evaluations):
+    """What a reader of a finding must know: its evaluations' notes, and unequal compute."""
+    notes = []
+    for name, evaluation in evaluations.items():
+        notes += [f"{name}: {note}" for note in evaluation.written["notes"]]
+    for line in finding["decides"]:
+        if line["at"][0] in evaluations:
+            notes.append(evaluations[line["at"][0]].unequal(line))
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+# ---------------------------------------------------------------- the table
+def table_lines(findings):
+    """Lines of the table of {number: as of `finding_result`}: a finding, then its differences."""
+    rows = [HEAD]
+    for number, result in findings.items():
+        seeds = str(result["seeds"]) if result["seeds"] > 1 else "1 (hands only)"
+        verdict = result["verdict"].upper()
+        rows.append((f"{number}. {result['name']}", "", "", "", verdict, seeds,
+                     f"{result['minutes']:.0f}"))
+        if "provided" in result:
+            rows.append(provided_row(result["provided"]))
+        rows += [line_row(line, line["verdict"]) for line in result["decides"]]
+        rows += [line_row(line, "") for line in result["beside"]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def line_row(line, verdict):
+    """Cells of a difference; what decides nothing has no verdict."""
+    arm, _, base = line["says"].split()
+    place = ", ".join(line["at"][2:])
+    paper = f"{line['paper']:+.1f}" if "paper" in line else ""
+    ours = "-"
+    if line["estimate"]:
+        value, low, high = line["estimate"]
+        ours = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
+    return f"   {line['at'][0]}: {place}", f"{arm} - {base}", paper, ours, verdict, "", ""
+
+
+def provided_row(condition):
+    values = ["-" if value is None else f"{value:.1f}" for value in condition["values"]]
+    share = f"start / Init <= {condition['at_most']:g}"
+    says = "holds" if condition["holds"] else "does not hold"
+    return f"   {condition['at'][0]}: provided", share, "", " / ".join(values), says, "", ""
+
+
+def note_lines(findings):
+    """Below the table: what the intervals count, what is unfinished, notes of the evaluations."""
+    lines = []
+    for number, result in findings.items():
+        about = [f"unfinished, {job}" for job in result["unfinished"]] + result["notes"]
+        lines += [f"{number}: {line}" for line in about]
+    if any(result["seeds"] == 1 for result in findings.values()):
+        lines.insert(0, f"one seed: intervals count {ONE_SEED}")
+    return lines
+
+
+def show(suite, numbers, crew):
+    """Print the table and write findings.json, of what there is."""
+    failed = {job.name: ended for job, ended in crew.over.items() if ended}
+    findings = {number: finding_result(suite, number, failed) for number in numbers}
+    print(*table_lines(findings), *note_lines(findings), sep="\n", flush=True)
+    path, kept = suite.folder / "findings.json", {}
+    if path.exists():  # of other findings
+        kept = json.loads(path.read_text(encoding="utf-8"))["findings"]
+    merged = {number: findings.get(number, kept.get(number)) for number in suite.findings}
+    merged = {number: result for number, result in merged.items() if result}
+    written = {"folder": str(suite.folder), "quick": suite.quick, "findings": merged}
+    write_atomic(path, json.dumps(written, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- the command
+def list_lines(jobs):
+    """A shell line per run folder: lines are independent of each other; && joins what must follow.
+
+    Pooling is left to findings.py itself, which has nothing else to do then.
+    """
+    lines = {}
+    for job in jobs:
+        if job.folder:
+            script, *arguments = job.command
+            words = ["python", os.path.relpath(ROOT / script), *arguments]
+            lines.setdefault(job.folder, []).append(shlex.join(words))
+    return [" && ".join(commands) for commands in lines.values()]
+
+
+def parse(arguments):
+    """(options, numbers of findings, overrides)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="findings.py CONFIGS [FINDING ...] [--quick] [--list] [--jobs N] [key=value ...]")
+    parser.add_argument("--quick", action="store_true", help="one seed, short runs")
+    parser.add_argument("--list", action="store_true", help="print the commands instead")
+    parser.add_argument("--jobs", type=int, help="so many side by side; without: one per core")
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest):
+        parser.error(f"unknown: {' '.join(rest)}")
+    if not rest or "=" in rest[0]:
+        parser.error("name a folder of configurations, such as configs/mini")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs: at least 1")
+    options.configs, *rest = rest
+    overrides = [word for word in rest if "=" in word]
+    return options, [word for word in rest if "=" not in word], overrides
+
+
+def main(arguments):
+    options, numbers, overrides = parse(arguments)
+    suite = Suite(options.configs, options.quick, overrides)
+    numbers = chosen(suite.findings, numbers)
+    jobs = suite.jobs(numbers)
+    if options.list:
+        print(*list_lines(jobs), sep="\n")
+        print("then the same command without --list shows the table", file=sys.stderr)
+        return
+    with writing(suite.folder):
+        suite.folder.mkdir(parents=True, exist_ok=True)
+    lock = hold(suite.folder / ".lock")
+    places = options.jobs or cores()
+    print(f"findings.py: {len(jobs)} jobs, {places} side by side -> {suite.folder}",
+          file=sys.stderr)
+    crew = Crew(jobs, suite.folder, places, Board())
+    try:
+        crew.run()
+    finally:
+        show(suite, numbers, crew)
+    lock.close()
+    failed = [f"{job.name}: {ended}" for job, ended in crew.over.items()
+              if ended and not ended.startswith("needs ")]
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
+        raise UserError(f"{failed[0]}{more}; the same command goes on from there")
+    print(f"written: {Path(suite.folder) / 'findings.json'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
