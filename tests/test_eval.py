@@ -1136,6 +1136,22 @@ def test_pooled_runs_may_have_spent_their_compute_at_other_steps(tmp_path):
     ]
 
 
+def test_chosen_arms_alone_are_compared_and_ppo_of_any_start_with_each_other(tmp_path):
+    arms = {
+        "sft": SFT, "sft-x": ([30], 1), "rl": ([40], "sft/step_1"), "rl-y": ([30], "sft/step_1"),
+        "rl-ppo.init=none": ([20], "none"),
+    }
+    compare(tmp_path, arms)
+    chosen = ["rl", "rl-ppo.init=none"]
+    found = Comparison([tmp_path], "none", lambda path: 10, chosen)
+    assert shown(found) == {
+        "Init": ["step_1"], "rl": ["step_40"], "rl-ppo.init=none": ["step_20"],
+    }
+    assert found.pairs() == [("rl", "Init"), ("rl-ppo.init=none", "rl")]
+    with pytest.raises(UserError, match="eval.arms: no rl-z with a checkpoint"):
+        Comparison([tmp_path], "none", lambda path: 10, ["rl", "rl-z"])
+
+
 @pytest.mark.parametrize("step, told", [(95, False), (105, False), (94, True), (106, True)])
 def test_compute_that_differs_by_more_than_a_twentieth_is_told(tmp_path, step, told):
     found = compare(tmp_path, {"sft": ([1, step], 1), "rl": ([100], "sft/step_1")})
