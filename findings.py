@@ -13,7 +13,7 @@ side by side). Findings share what they have in common.
 
 Written to the suite's folder: the table as findings.json,
 
-    {folder, quick, commit, findings: {number: {name, verdict, minutes, seeds, interval_over,
+    {folder, quick, findings: {number: {name, verdict, minutes, seeds, interval_over,
     evaluations: {name: path}, unfinished: [..], notes: [..], provided: {.., values, holds},
     decides, beside: [{at, says, paper, estimate: [value, low, high], per_seed, verdict}]}}}
 """
@@ -22,6 +22,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lib.jobs import Board, Crew, cores, minutes_by_job
@@ -31,7 +32,7 @@ from lib.suite import Suite, chosen
 from lib.verdicts import MISSING, Evaluation, verdict_of_all
 
 HEAD = ("finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes")
-ONE_SEED = "hands or routes alone: one seed; another training may fall outside"
+ONE_SEED = "hands or routes alone"
 SEEDS = "seeds, and hands or routes"
 
 
@@ -95,7 +96,9 @@ def notes_on(finding, evaluations):
     """What a reader of a finding must know: its evaluations' notes, and unequal compute."""
     notes = []
     for name, evaluation in evaluations.items():
-        notes += [f"{name}: {note}" for note in evaluation.written["notes"]]
+        for note in evaluation.written["notes"]:
+            if not note.startswith("one training seed"):  # said once, below the table
+                notes.append(f"{name}: {note}")
     for line in finding["decides"]:
         if line["at"][0] in evaluations:
             notes.append(evaluations[line["at"][0]].unequal(line))
@@ -149,7 +152,7 @@ def note_lines(findings):
         about = [f"unfinished, {job}" for job in result["unfinished"]] + result["notes"]
         lines += [f"{number}: {line}" for line in about]
     if any(result["seeds"] == 1 for result in findings.values()):
-        lines.insert(0, f"one seed: intervals count {ONE_SEED}")
+        lines.insert(0, f"one seed: intervals count {ONE_SEED}; another training may fall outside")
     return lines
 
 
@@ -159,8 +162,8 @@ def show(suite, numbers, crew):
     findings = {number: finding_result(suite, number, failed) for number in numbers}
     print(*table_lines(findings), *note_lines(findings), sep="\n", flush=True)
     path, kept = suite.folder / "findings.json", {}
-    if path.exists():  # of other findings
-        kept = json.loads(path.read_text(encoding="utf-8"))["findings"]
+    with suppress(OSError, ValueError, KeyError):  # none yet, or damaged
+        kept = json.loads(path.read_text(encoding="utf-8"))["findings"]  # other findings stay
     merged = {number: findings.get(number, kept.get(number)) for number in suite.findings}
     merged = {number: result for number, result in merged.items() if result}
     written = {"folder": str(suite.folder), "quick": suite.quick, "findings": merged}
