@@ -16,6 +16,7 @@ import yaml
 from conftest import CONFIG
 
 import eval as evaluation
+import environments
 import rollout
 import sft
 import report
@@ -150,7 +151,7 @@ class Walker:
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(rollout.ENVIRONMENTS, "toy", Corridor)
+    monkeypatch.setitem(environments.ENVIRONMENTS, "toy", Corridor)
     return {"name": "toy"}
 
 

@@ -19,16 +19,21 @@ LEAVES = ("sft", "rl", "eval", "report", "plan")  # import each other never
 PURE = (
     "gp",
     "virl",
+    "environments",
     "scenery",
     "lib.settings",
     "lib.runs",
     "lib.answers",
     "lib.checks",
+    "lib.conversations",
+    "lib.page",
+    "lib.tables",
     "report",
 )  # without torch
 LAYERS = (  # a module imports from layers above its own line, or from its own folder
     ("lib", "scenery"),
     ("gp", "virl", "policy"),
+    ("environments",),
     ("rollout",),
     LEAVES,
 )
