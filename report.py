@@ -2,7 +2,11 @@
 
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
                                                              evaluation.png (Figures 5, 7, 8) and
-                                                             frontier.png (OOD against ID)
+                                                             frontier.png (OOD against ID), writes
+                                                             report.html: all of it, with the
+                                                             trainings' curves and conversations
+    python report.py RUN_FOLDER                              before an evaluation, or during a
+                                                             training: report.html of its curves
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
     python report.py --documents                             rewrites blocks and figures of
                                                              README.md and docs/*.md
@@ -34,6 +38,10 @@ from typing import NamedTuple
 
 import yaml
 
+from environments import make_env, observations
+from lib.conversations import conversation, read_conversations, seeds_of
+from lib.curves import logs_of, panels_of as panels_of_training
+from lib.page import Page, changed_settings, findings_beside, write_page
 from lib.results import Estimate, Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
@@ -445,6 +453,88 @@ def write_documents():
             print(f"drawn: {fields['image']}")
 
 
+# ---------------------------------------------------------------- report.html
+def draw_all(results, path):
+    """Draw the figures of an evaluation.json beside it. Returns: {title: path}."""
+    if not any(results.curves.values()):
+        return {}
+    lead = results.reports[0].name
+    figures = {f"{lead} against model GFLOPs": path.with_suffix(".png")}
+    draw(results, path.with_suffix(".png"))
+    panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
+    if panels:
+        figures["Other variants against the trained one"] = path.with_name("frontier.png")
+        draw_frontier(panels, path.with_name("frontier.png"))
+    for drawn in figures.values():
+        print(f"written: {drawn}")
+    return figures
+
+
+def write_evaluation_page(results, folder, figures):
+    """Write the report.html of an evaluation. Args: folder: where it lies; figures: of draw_all."""
+    logs = {}
+    for run in results.runs:
+        for training, records in logs_of(run).items():
+            logs[training if len(results.runs) == 1 else f"{run}: {training}"] = records
+    conversations, problems = conversations_in(folder)
+    minutes = [f"{training_name(arm)} {spent:g}" for arm, spent in results.minutes.items()]
+    facts = {"runs": ", ".join(results.runs), "seeds": ", ".join(map(str, results.seeds)),
+             "commit": results.commit, "machine": results.machine, "versions": results.versions,
+             "minutes": ", ".join(minutes)}
+    shipped, changed = changed_settings(settings_files(folder, results.runs))
+    save_page(folder, Page(
+        title=f"Evaluation of {folder}", facts=facts, notes=results.notes + problems,
+        findings=findings_beside(folder), tables=all_tables(results), figures=figures,
+        trainings=panels_of_training(logs), settings=changed, shipped=shipped,
+        conversations=conversations))
+
+
+def write_training_page(folder):
+    """Write the report.html of trainings that no evaluation has met yet: their curves so far."""
+    logs = logs_of(folder)
+    shipped, changed = changed_settings(settings_files(folder, [folder]))
+    facts = {}
+    for training, records in logs.items():
+        facts[training_name(training)] = f"{records[-1]['step']} steps so far"
+        print(f"{training}: {records[-1]['step']} steps so far")
+    save_page(folder, Page(
+        title=f"Training in {folder}", facts=facts, findings=findings_beside(folder),
+        trainings=panels_of_training(logs), settings=changed, shipped=shipped))
+
+
+def save_page(folder, page):
+    write_page(folder / "report.html", page)
+    print(f"written: {folder / 'report.html'}")
+
+
+def settings_files(folder, runs):
+    """{name: YAML} of the settings that an evaluation and the trainings of its runs were given."""
+    files = {"evaluation": folder / "evaluation.yaml"}
+    for run in map(Path, runs):
+        for path in [run / "config.yaml", *sorted(run.glob("*/config.yaml"))]:
+            training = path.parent.name
+            files[training if len(runs) == 1 else f"{run}: {training}"] = path
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def conversations_in(folder):
+    """The Conversations of an evaluation's folder, each with what was to be seen.
+
+    Returns: list of them; list of lines on what could not be shown.
+    """
+    found, problems = [], []
+    for variant, lines in read_conversations(folder / "conversations.jsonl").items():
+        try:
+            env = make_env(lines[0]["env"], lines[0]["verify_iters"])
+        except UserError as error:
+            env = None
+            problems.append(f"{variant}: pictures and prompts are not shown ({error})")
+        for nth, seed in enumerate(seeds_of(lines)):
+            seen = observations(env, seed) if env else []
+            found.append(conversation(lines, nth, seen, env.answer_key if env else ""))
+    return found, problems
+
+
 # ---------------------------------------------------------------- the command
 def find(arguments):
     """The evaluation.json that the command line names: by configuration, run folder or itself."""
@@ -483,18 +573,18 @@ def main(arguments):
     if not options.what:
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
+    if not path.exists() and logs_of(path.parent):
+        write_training_page(path.parent)
+        return
     results = read(path)
     for table in all_tables(results):
         print(*table.lines(), sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
-    if any(results.curves.values()) and path.name == "evaluation.json":
-        draw(results, path.with_suffix(".png"))
-        print(f"\nwritten: {path.with_suffix('.png')}")
-        panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
-        if panels:
-            draw_frontier(panels, path.with_name("frontier.png"))
-            print(f"written: {path.with_name('frontier.png')}")
+    if path.name == "evaluation.json":
+        print()
+        figures = draw_all(results, path)
+        write_evaluation_page(results, path.parent, figures)
     print_transcripts(results)
     if options.publish:
         publish(path, options.publish)

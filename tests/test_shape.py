@@ -26,6 +26,7 @@ PURE = (
     "lib.answers",
     "lib.checks",
     "lib.conversations",
+    "lib.curves",
     "lib.page",
     "lib.tables",
     "report",
