@@ -9,7 +9,8 @@ import json
 from contextlib import suppress
 from typing import NamedTuple
 
-RIGHT, WRONG, MISREAD, PLAIN = "right", "wrong", "misread", ""
+WRONG, MISREAD, PLAIN = "wrong", "misread", ""
+ILLEGAL = "illegal"  # category of answers in which something was not found: there is no reading
 
 
 class Part(NamedTuple):
@@ -132,7 +133,7 @@ def attempts_of(turns, answer_key):
         faults = []
         if not turn["correct"]:
             faults.append(turn["category"].replace("_", " "))
-        if not turn["recognized"] and MISREAD not in faults:
+        if misread(turn) and MISREAD not in faults:
             faults.append(MISREAD)
         if turn["answer"] in said:
             faults.append("repeated")
@@ -142,16 +143,21 @@ def attempts_of(turns, answer_key):
     return attempts
 
 
+def misread(turn):
+    """Whether the answer reports something that is not there."""
+    return not turn["recognized"] and turn["category"] != ILLEGAL
+
+
 def parts_of(turn, answer_key):
     """The Parts of an answer: what it reports to see, and what it decides."""
     answer = turn["answer"]
     at = answer.find(answer_key) if answer_key else -1
     read, decided = PLAIN, PLAIN
-    if not turn["recognized"]:
+    if misread(turn):
         read = MISREAD
     if not turn["correct"] and turn["category"] != MISREAD:  # misread: the rest was not graded
         decided = WRONG
-    if at < 0:
+    if at < 0 or (turn["category"] == ILLEGAL and not turn["recognized"]):
         return [Part(answer, decided or read)]
     parts = [Part(answer[:at], read), Part(answer[at:], decided)]
     return [part for part in parts if part.text]
