@@ -23,6 +23,7 @@ from lib.tables import training_name
 
 HERE = Path(__file__).parent
 LIMIT = 8_000_000  # bytes of the page; conversations that do not fit are left out
+LARGEST = 448  # pixels of a side of a picture that a model saw, which may be larger
 NOT_COMPARED = ("run.dir", "run.seed")  # settings that differ from run to run
 FINDING = ("finding", "title", "paper", "ours", "verdict", "minutes")  # columns of findings.json
 
@@ -111,10 +112,13 @@ def png_uri(data):
 
 
 def picture_uri(image):
-    """A PIL image, to the pixel, as the text of an <img>'s src."""
+    """A PIL image as the text of an <img>'s src: to the pixel, or scaled down to LARGEST."""
+    if max(image.size) > LARGEST:
+        image = image.copy()
+        image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return png_uri(buffer.getvalue())
+    image.save(buffer, "WEBP", lossless=True, method=2)  # half the size of PNG
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ---------------------------------------------------------------- what lies beside

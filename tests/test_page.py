@@ -95,7 +95,7 @@ def test_whatever_was_written_by_others_stays_text(written):
     (written.folder / "findings.json").write_text(json.dumps([{"title": EVIL}]))
     found = written(*lines, notes=[EVIL], commit=EVIL)
     assert len(found.all("script")) == 1 and not found.all("script")[0]
-    assert all(image["src"].startswith("data:image/png;base64,") for image in found.all("img"))
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert found.text.count('<script>alert("x")</script>') >= 5  # answer, verifier, note, names ..
     assert list(json.loads(found.conversations[0]["data-solved"]))[0].startswith("</pre>")
@@ -105,7 +105,7 @@ def test_nothing_is_fetched(written):
     found = written(line("Init", [[turn("7*3")]]))
     for _, attributes in found.tags:
         for name in ("src", "href", "action", "data", "srcset", "poster"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,"))
+            assert attributes.get(name, "#").startswith(("#", "data:image/webp;base64,"))
     assert not re.search(r"url\(|@import", found.raw["style"])
     (policy,) = [tag["content"] for tag in found.all("meta") if "http-equiv" in tag]
     digest = base64.b64encode(hashlib.sha256(found.raw["script"].encode()).digest()).decode()
@@ -248,6 +248,12 @@ def test_the_picture_is_the_one_that_was_played(written):
     dealt, _ = env.reset(11)
     assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == dealt["image"].tobytes()
     assert "Cards: in the picture" in found.text
+
+
+def test_a_large_picture_is_scaled_down():
+    uri = page.picture_uri(Image.new("RGB", (1200, 600)))
+    data = base64.b64decode(uri.partition(",")[2])
+    assert Image.open(io.BytesIO(data)).size == (448, 224)
 
 
 def test_an_environment_that_is_not_here_leaves_the_words(written):
