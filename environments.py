@@ -107,8 +107,9 @@ def observations(env, seed):
     Returns: list of observations, those on the way of one who always gives the expert's answer.
     """
     observation, _ = env.reset(seed)
-    seen, terminated = [], False
-    while not terminated:
+    seen, done = [], False
+    while not done:
         seen.append(observation)
-        observation, _, terminated, _, _ = env.step(env.expert())
+        observation, _, terminated, truncated, _ = env.step(env.expert())
+        done = terminated or truncated
     return seen

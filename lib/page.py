@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -28,21 +28,19 @@ NOT_COMPARED = ("run.dir", "run.seed")  # settings that differ from run to run
 FINDING = ("finding", "title", "paper", "ours", "verdict", "minutes")  # columns of findings.json
 
 
-class Page(SimpleNamespace):
-    """What a page shows; all but `title` may be left empty.
-
-    Attributes:
-        title: text; facts: {name: text} about how the figures came about; notes: lines.
-        findings: rows of `findings_beside`. tables: of lib/tables.py.
-        figures: {title: path of a PNG}. trainings: as of curves.panels_of.
-        settings: rows of `changed_settings`; shipped: the YAML they are compared with, or "".
-        conversations: of lib/conversations.py.
-    """
-
-    def __init__(self, title, **parts):
-        empty = {"facts": {}, "notes": [], "findings": [], "tables": [], "figures": {},
-                 "trainings": {}, "settings": [], "shipped": "", "conversations": []}
-        super().__init__(title=title, **{**empty, **parts})
+@dataclass
+class Page:
+    """What a page shows; all but the title may be empty, and then it has no such part."""
+    title: str
+    facts: dict = field(default_factory=dict)  # {name: text}: how the figures came about
+    notes: list = field(default_factory=list)  # lines that the tables must not be read without
+    findings: list = field(default_factory=list)  # rows of `findings_beside`
+    tables: list = field(default_factory=list)  # of lib/tables.py
+    figures: dict = field(default_factory=dict)  # {title: path of a PNG}
+    trainings: dict = field(default_factory=dict)  # of curves.panels_of
+    shipped: str = ""  # the YAML that settings are compared with
+    settings: list = field(default_factory=list)  # rows of `changed_settings`
+    conversations: list = field(default_factory=list)  # of lib/conversations.py
 
 
 def write_page(path, page):
