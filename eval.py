@@ -23,8 +23,10 @@ and that of the problems: a bootstrap over seeds and over hands or routes (lib/b
 single seed it is over hands or routes alone, and a note says so.
 
 Written to run.dir: evaluations.jsonl (every cell, reused when run again), evaluation.json (see
-lib/results.py) and, for the arms in eval.save_merged, ARM/merged: a model folder for any program
-(of several runs, the first's). Source: paper Sec. 5, C.3; the protocol is ours (docs/results.md).
+lib/results.py), evaluation.yaml (the settings), conversations.jsonl (whole episodes for the page of
+report.py, see lib/conversations.py) and, for the arms in eval.save_merged, ARM/merged: a model
+folder for any program (of several runs, the first's). Source: paper Sec. 5, C.3; the protocol is
+ours (docs/results.md).
 """
 import gc
 import json
@@ -43,6 +45,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import yaml
 
 from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
 from lib.bootstrap import difference, gap_along, measure, value
@@ -57,6 +60,7 @@ from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
 
 KEPT = ("cluster", "counts", "grades")  # of an episode's record
+SHOWN = ("category", "correct", "recognized")  # of a turn's info, beside its transcript
 ONE_SEED = ("one training seed: intervals are over hands or routes alone; another training may "
             "fall outside")
 
@@ -110,6 +114,14 @@ def grade_shares(episodes):
     repeated = sum(episode["grades"]["repeated"] for episode in episodes)
     shares["repeated"] = 100 * repeated / max(1, answers["retries"])
     return shares
+
+
+def graded(turns):
+    """The Turns of an episode as conversations.jsonl keeps them."""
+    kept = []
+    for turn in turns:
+        kept.append({**transcript(turn), **{name: turn.info[name] for name in SHOWN}})
+    return kept
 
 
 class Checkpoint(NamedTuple):
@@ -240,15 +252,19 @@ def save_merged(checkpoint, cfg, folder):
 class EvaluatedRun:
     """A run folder and its cells, each played once and kept in evaluations.jsonl (lib/cells.py).
 
-    A cell is a list of episodes {cluster, counts, grades, seed: of the training}, see rollout.py.
+    A cell is a list of episodes {cluster, counts, grades, seed: of the training}, see rollout.py,
+    some of which also have `graded` turns.
     """
 
     def __init__(self, folder, cfg, loader, seed):
         self.folder, self.cfg, self.loader, self.seed = folder, cfg, loader, seed
         self.cells = Cells(folder / "evaluations.jsonl")
 
-    def cell(self, place, scene, checkpoint, n, bar):
-        """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts."""
+    def cell(self, place, scene, checkpoint, n, bar, conversations=0):
+        """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts.
+
+        When they are played, the first `conversations` of them keep their turns.
+        """
         temperature = temperature_name(place.temperature)
         bar.set_description(f"{place.arm}, {place.variant}, {place.split}, {temperature}")
         player, written, model = place.arm, None, None
@@ -266,6 +282,8 @@ class EvaluatedRun:
             episodes = []
             for record in self.play(place, scene, checkpoint, n, bar):
                 episodes.append({part: record[part] for part in KEPT})
+                if len(episodes) <= conversations:
+                    episodes[-1]["turns"] = graded(record["turns"])
             self.cells.add(key, made_by(scene.env, model), episodes)  # a hub's model is here now
         return [{**episode, "seed": self.seed} for episode in episodes]
 
@@ -367,7 +385,9 @@ class Evaluation:
         for (nth, run), place in product(enumerate(self.runs), self.places):
             checkpoint = self.shown[place.arm][nth] if place.arm in self.shown else None
             scene = self.scene(place)
-            cells[place] += run.cell(place, scene, checkpoint, scene.n, self.bar)
+            leads = place == self.leading_place(place.arm, place.variant)
+            kept = self.e.conversations if leads else 0
+            cells[place] += run.cell(place, scene, checkpoint, scene.n, self.bar, kept)
         return cells
 
     def curve(self, variant):
@@ -423,6 +443,25 @@ class Evaluation:
             found.append({"arm": arm, "variant": variant, "episodes": episodes})
         return found
 
+    def conversations(self, cells):
+        """What conversations.jsonl holds, a dict per arm and variant: see lib/conversations.py.
+
+        Args: cells: of `table`, whose first episodes these are. Where a cell was played when fewer
+            were wanted, as many are played again.
+        """
+        found = []
+        for arm, variant in product(self.shown, self.e.variants):
+            place = self.leading_place(arm, variant)
+            scene = self.scene(place)
+            n = min(self.e.conversations, scene.n)
+            episodes = [episode.get("turns") for episode in cells[place][:n]]  # of the first run
+            if None in episodes:
+                records = self.runs[0].play(place, scene, self.shown[arm][0], n)
+                episodes = [graded(record["turns"]) for record in records]
+            found.append({**place._asdict(), "env": scene.env,
+                          "verify_iters": self.e.verify_iters, "episodes": episodes})
+        return found
+
     def minutes(self):
         """{training: its minutes, mean over the runs}, of those that logged them."""
         found = Counter()
@@ -446,10 +485,22 @@ def provenance():
             "versions": versions()}
 
 
+def save_results(folder, settings, conversations, result):
+    """Write what report.py reads, evaluation.json last."""
+    path = folder / "evaluation.json"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "evaluation.yaml", yaml.safe_dump(settings, sort_keys=False))
+    lines = [json.dumps(one) + "\n" for one in conversations]
+    write_atomic(folder / "conversations.jsonl", "".join(lines))
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
+    print(f"written: {path}; python report.py {folder} shows it", file=sys.stderr)
+
+
 # ---------------------------------------------------------------- the command
 def main(arguments):
     started = time.monotonic()
-    cfg, _, _ = load(arguments)
+    cfg, raw, _ = load(arguments)
     e, out = cfg.eval, Path(cfg.run.dir)
     folders = ", ".join(e.runs or [cfg.run.dir])
     announce("eval.py", cfg, f"plays the arms of {folders} -> {out}/evaluation.json")
@@ -484,13 +535,10 @@ def main(arguments):
     evaluation.bar.close()
     if e.transcripts:
         result["transcripts"] = evaluation.transcripts()
+    conversations = evaluation.conversations(cells)
     minutes = {**evaluation.minutes(), "eval": (time.monotonic() - started) / 60}
     result["minutes"] = {name: round(spent, 1) for name, spent in minutes.items()}
-    path = out / "evaluation.json"
-    with writing(path):
-        out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(result, indent=1) + "\n")
-    print(f"written: {path}; python report.py {out} shows it", file=sys.stderr)
+    save_results(out, raw, conversations, result)
     for name in e.save_merged:
         folder = out / name / "merged"
         save_merged(evaluation.shown[name][0], cfg, folder)

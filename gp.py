@@ -334,7 +334,7 @@ RETRY = "You failed this trial: {reason}. Try again."
 
 
 class GeneralPoints:
-    """One table of four cards, with the interface of environments that rollout.py describes.
+    """One table of four cards, with the interface of environments that environments.py describes.
 
     Args:
         rule: "ten" (J = Q = K = 10, trained on), "face" (11, 12, 13: rule OOD) or a mapping
@@ -448,10 +448,10 @@ class GeneralPoints:
     def step(self, answer):
         """Grade one whole answer, of any text.
 
-        Returns: (obs, reward in the paper's points, terminated, truncated, info) as in rollout.py;
-        info's category is a key of REWARDS or, gated, "misread"; recognized: `cards` are those
-        on the table; action is None: the expert's has one type. The verifier's text never
-        says which cards lie in a picture.
+        Returns: (obs, reward in the paper's points, terminated, truncated, info) as in
+        environments.py; info's category is a key of REWARDS or, gated, "misread"; recognized:
+        `cards` are those on the table; action is None: the expert's has one type. The verifier's
+        text never says which cards lie in a picture.
         Raises: RuntimeError if the episode is over.
         """
         if self.done:

@@ -2,7 +2,11 @@
 
     python report.py CONFIG.yaml | RUN_FOLDER | FILE.json    prints tables and differences, draws
                                                              evaluation.png (Figures 5, 7, 8) and
-                                                             frontier.png (OOD against ID)
+                                                             frontier.png (OOD against ID), writes
+                                                             report.html: all of it, with the
+                                                             trainings' curves and conversations
+    python report.py RUN_FOLDER                              before an evaluation, or during a
+                                                             training: report.html of its curves
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
     python report.py --documents                             rewrites blocks and figures of
                                                              README.md and docs/*.md
@@ -34,12 +38,16 @@ from typing import NamedTuple
 
 import yaml
 
+from environments import make_env, observations
+from lib.conversations import conversation, read_conversations, seeds_of
+from lib.curves import logs_of, panels_of as panels_of_training
+from lib.page import Page, changed_settings, findings_beside, write_page
 from lib.results import Estimate, Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
+from lib.tables import NAMES, all_tables, gap_rows, grade_rows, mean, signed_text, training_name
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
-NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
 OTHER_COLORS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
                 "tab:cyan", "tab:gray")
@@ -50,8 +58,6 @@ STYLES = {  # of the trainings on a frontier: colours that the colour-blind tell
     "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
            {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
 }
-GRADES = {"first": "first attempts", "retries": "retries"}
-FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
     "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
     "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
@@ -95,151 +101,7 @@ def as_temperature(stored):
     return Nucleus(*stored) if isinstance(stored, list) else stored
 
 
-# ---------------------------------------------------------------- tables on screen
-def grouped(found, *keys):
-    """{values of the keys: {temperature: row}} in the order of the rows."""
-    groups = {}
-    for row in found:
-        place = tuple(row[key] for key in keys)
-        groups.setdefault(place, {})[row["temperature"]] = row
-    return groups
-
-
-def cell_text(row, metrics):
-    """The row's metrics, "-" where there is none; the last of an arm with half its interval."""
-    values = []
-    for name in metrics:
-        last = row["metrics"].get(name)
-        values.append(f"{last.value:5.1f}" if last else f"{'-':>5}")
-    text = " / ".join(values)
-    if last is None or row["temperature"] is None:
-        return text + " " * 9
-    return f"{text} ±{last.half_width:4.1f}   "
-
-
-def table_lines(results):
-    """The table, a block per split and report: of every variant the arms, then the references."""
-    variant_width = max(map(len, results.variants)) + 2
-    arm_width = max(len(row["arm"]) for row in results.table) + 2
-    official = "  as official" if any(results.official_gflops.values()) else ""
-    lines = []
-    for split, report in product(results.splits, results.reports):
-        found = [row for row in results.table if row["split"] == split]
-        cell_width = max(24, 8 * len(report.metrics) + 8)
-        head = " " * (variant_width + arm_width)
-        for temperature in results.temperatures:
-            head += f"{temperature_name(temperature):^{cell_width}}"
-        title = f"{split}: {report.title}, ± half the 95 % interval, n = {found[0]['n']}"
-        lines += ["", title, f"{head}   model GFLOPs{official}"]
-        before = None
-        for (variant, arm), by_temperature in grouped(found, "variant", "arm").items():
-            shown = "" if variant == before else variant
-            line = f"{shown:{variant_width}}{arm:{arm_width}}"
-            for row in by_temperature.values():
-                line += f"{cell_text(row, report.metrics):>{cell_width}}"
-            for counted in (results.gflops, results.official_gflops):
-                if counted.get(arm) is not None:
-                    line += f"{counted[arm]:13,.0f}"
-            lines.append(line.rstrip())
-            before = variant
-    return lines
-
-
-def difference_lines(results):
-    """The paired differences, a block per report, of its leading metric."""
-    split_width = max(8, *[len(split) + 2 for split in results.splits])
-    variant_width = max(map(len, results.variants)) + 2
-    pair_width = max(len(row["arm"] + row["base"]) + 6 for row in results.differences)
-    heads = "".join(f"{temperature_name(t):^24}" for t in results.temperatures)
-    lines = []
-    for report in results.reports:
-        lines += ["", f"paired differences of {report.name} in points [95 % interval]",
-                  " " * (split_width + variant_width + pair_width) + heads]
-        found = grouped(results.differences, "split", "variant", "arm", "base")
-        for (split, variant, arm, base), by_temperature in found.items():
-            pair = f"{arm} - {base}"
-            line = f"{split:{split_width}}{variant:{variant_width}}{pair:{pair_width}}"
-            for row in by_temperature.values():
-                gap = row["metrics"].get(report.lead)
-                if gap:
-                    line += f"{gap.value:+6.1f} [{gap.low:+5.1f}, {gap.high:+5.1f}]   "
-                else:
-                    line += f"{'-':>6}{'':18}"
-            lines.append(line)
-    return lines
-
-
-def aligned(rows, left):
-    """Rows of texts as lines in columns: the first `left` flush left, the others flush right."""
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    lines = []
-    for cells in rows:
-        line = "".join(map(str.ljust, cells[:left], widths))
-        line += "".join(map(str.rjust, cells[left:], widths[left:]))
-        lines.append(line.rstrip())
-    return lines
-
-
-def seed_lines(results):
-    """Leading metrics of the arms and of their differences: together, and of each seed."""
-    temperature = results.temperatures[0]
-    seeds = [f"seed {seed}" for seed in results.seeds]
-    lines = []
-    for report in results.reports:
-        body = [["", "", "", "together", "mean of seeds", *seeds]]
-        for row in results.table + results.differences:
-            each = row["per_seed"].get(report.lead)
-            if each and row["temperature"] == temperature:
-                numbers = [row["metrics"][report.lead].value, mean(each), *each]
-                body.append([row["split"], row["variant"], who(row), *map(number_text, numbers)])
-        lines += ["", f"{report.name} by seed, {temperature_name(temperature)}"]
-        lines += aligned(body, left=3)
-    return lines
-
-
-def number_text(number):
-    return "-" if number is None else f"{number:.1f}"
-
-
-def grade_rows(results, split):
-    """How the arms' answers were graded at the first temperature: rows of texts, a head first."""
-    rows = []
-    for row in results.table:
-        if row["split"] == split and row["temperature"] == results.temperatures[0]:
-            rows.append(row)
-    categories = {}  # in the order of appearance
-    for kind, row in product(GRADES, rows):
-        categories.update(row["grades"][kind])
-    body = [["answers, %", "", "", *categories, "repeated"]]
-    for kind, row in product(GRADES, rows):
-        shares = row["grades"][kind]
-        numbers = [f"{shares.get(name, 0):.1f}" for name in categories]
-        repeated = f"{row['grades']['repeated']:.1f}" if kind == "retries" else ""
-        body.append([GRADES[kind], row["variant"], row["arm"], *numbers, repeated])
-    return body
-
-
-def grade_lines(results):
-    """`grade_rows` of every split, where they were counted."""
-    lines = []
-    known = "grades" in results.table[0]
-    for split in results.splits if known else ():
-        temperature = temperature_name(results.temperatures[0])
-        lines += ["", f"{split}: grades of the answers, {temperature}"]
-        lines += aligned(grade_rows(results, split), left=3)
-    return lines
-
-
-def who(row):
-    return f"{row['arm']} - {row['base']}" if "base" in row else row["arm"]
-
-
-def mean(per_seed):
-    """Of the seeds in which there was something to measure."""
-    known = [one for one in per_seed if one is not None]
-    return sum(known) / len(known)
-
-
+# ---------------------------------------------------------------- on screen
 def print_transcripts(results):
     """A few whole episodes of each arm: every answer, its reward, what the verifier said."""
     temperature = temperature_name(results.temperatures[0])
@@ -250,30 +112,6 @@ def print_transcripts(results):
                 print(f"  {turn['answer']}")
                 print(f"    -> {turn['reward']:+g} {turn['verifier'] or 'correct'}")
             print()
-
-
-def gap_rows(results):
-    """How far PPO lies above each SFT training's curve: rows of texts, a head first."""
-    rows = [["points", "", *[f"at {at}" for at in FRONTIER]]]
-    for row in results.frontier:
-        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
-        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
-        rows.append([row["variant"], pair, *cells])
-    return rows
-
-
-def gap_lines(results):
-    title = f"RL above the curve of SFT, {results.reports[0].name} [95 % interval]"
-    temperature = temperature_name(results.temperatures[0])
-    size = f"{temperature}, {results.curve_n} episodes per seed and point"
-    return ["", f"{title}, {size}", *aligned(gap_rows(results), left=2)]
-
-
-def signed_text(estimate):
-    """A difference with its interval."""
-    if estimate is None:
-        return "-"
-    return f"{estimate.value:+.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
@@ -389,12 +227,6 @@ def paths_of_seeds(points):
     """Per seed the values of the metric at each of the Points."""
     per_point = [[value for value, _ in point.per_seed] for point in points]
     return zip(*per_point)
-
-
-def training_name(arm):
-    """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4."""
-    kind, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
-    return ", ".join([NAMES.get(kind, kind), *settings])
 
 
 # ---------------------------------------------------------------- blocks of the documents
@@ -621,6 +453,88 @@ def write_documents():
             print(f"drawn: {fields['image']}")
 
 
+# ---------------------------------------------------------------- report.html
+def draw_all(results, path):
+    """Draw the figures of an evaluation.json beside it. Returns: {title: path}."""
+    if not any(results.curves.values()):
+        return {}
+    lead = results.reports[0].name
+    figures = {f"{lead} against model GFLOPs": path.with_suffix(".png")}
+    draw(results, path.with_suffix(".png"))
+    panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
+    if panels:
+        figures["Other variants against the trained one"] = path.with_name("frontier.png")
+        draw_frontier(panels, path.with_name("frontier.png"))
+    for drawn in figures.values():
+        print(f"written: {drawn}")
+    return figures
+
+
+def write_evaluation_page(results, folder, figures):
+    """Write the report.html of an evaluation. Args: folder: where it lies; figures: of draw_all."""
+    logs = {}
+    for run in results.runs:
+        for training, records in logs_of(run).items():
+            logs[training if len(results.runs) == 1 else f"{run}: {training}"] = records
+    conversations, problems = conversations_in(folder)
+    minutes = [f"{training_name(arm)} {spent:g}" for arm, spent in results.minutes.items()]
+    facts = {"runs": ", ".join(results.runs), "seeds": ", ".join(map(str, results.seeds)),
+             "commit": results.commit, "machine": results.machine, "versions": results.versions,
+             "minutes": ", ".join(minutes)}
+    shipped, changed = changed_settings(settings_files(folder, results.runs))
+    save_page(folder, Page(
+        title=f"Evaluation of {folder}", facts=facts, notes=results.notes + problems,
+        findings=findings_beside(folder), tables=all_tables(results), figures=figures,
+        trainings=panels_of_training(logs), settings=changed, shipped=shipped,
+        conversations=conversations))
+
+
+def write_training_page(folder):
+    """Write the report.html of trainings that no evaluation has met yet: their curves so far."""
+    logs = logs_of(folder)
+    shipped, changed = changed_settings(settings_files(folder, [folder]))
+    facts = {}
+    for training, records in logs.items():
+        facts[training_name(training)] = f"{records[-1]['step']} steps so far"
+        print(f"{training}: {records[-1]['step']} steps so far")
+    save_page(folder, Page(
+        title=f"Training in {folder}", facts=facts, findings=findings_beside(folder),
+        trainings=panels_of_training(logs), settings=changed, shipped=shipped))
+
+
+def save_page(folder, page):
+    write_page(folder / "report.html", page)
+    print(f"written: {folder / 'report.html'}")
+
+
+def settings_files(folder, runs):
+    """{name: YAML} of the settings that an evaluation and the trainings of its runs were given."""
+    files = {"evaluation": folder / "evaluation.yaml"}
+    for run in map(Path, runs):
+        for path in [run / "config.yaml", *sorted(run.glob("*/config.yaml"))]:
+            training = path.parent.name
+            files[training if len(runs) == 1 else f"{run}: {training}"] = path
+    return {name: path for name, path in files.items() if path.exists()}
+
+
+def conversations_in(folder):
+    """The Conversations of an evaluation's folder, each with what was to be seen.
+
+    Returns: list of them; list of lines on what could not be shown.
+    """
+    found, problems = [], []
+    for variant, lines in read_conversations(folder / "conversations.jsonl").items():
+        try:
+            env = make_env(lines[0]["env"], lines[0]["verify_iters"])
+        except UserError as error:
+            env = None
+            problems.append(f"{variant}: pictures and prompts are not shown ({error})")
+        for nth, seed in enumerate(seeds_of(lines)):
+            seen = observations(env, seed) if env else []
+            found.append(conversation(lines, nth, seen, env.answer_key if env else ""))
+    return found, problems
+
+
 # ---------------------------------------------------------------- the command
 def find(arguments):
     """The evaluation.json that the command line names: by configuration, run folder or itself."""
@@ -659,25 +573,18 @@ def main(arguments):
     if not options.what:
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
+    if not path.exists() and logs_of(path.parent):
+        write_training_page(path.parent)
+        return
     results = read(path)
-    lines = table_lines(results)
-    if results.differences:
-        lines += difference_lines(results)
-    if len(results.seeds) > 1:
-        lines += seed_lines(results)
-    lines += grade_lines(results)
-    if results.frontier:
-        lines += gap_lines(results)
-    print(*lines, sep="\n")
+    for table in all_tables(results):
+        print(*table.lines(), sep="\n")
     for note in results.notes:
         print(f"\nnote: {note}")
-    if any(results.curves.values()) and path.name == "evaluation.json":
-        draw(results, path.with_suffix(".png"))
-        print(f"\nwritten: {path.with_suffix('.png')}")
-        panels = [Panel("", results, variant) for variant in list(results.variants)[1:]]
-        if panels:
-            draw_frontier(panels, path.with_name("frontier.png"))
-            print(f"written: {path.with_name('frontier.png')}")
+    if path.name == "evaluation.json":
+        print()
+        figures = draw_all(results, path)
+        write_evaluation_page(results, path.parent, figures)
     print_transcripts(results)
     if options.publish:
         publish(path, options.publish)

@@ -151,7 +151,7 @@ def _drawn(scene, place, heading, size):
 
 
 class Navigation:
-    """One walk along a route, with the interface of environments that rollout.py describes.
+    """One walk along a route, with the interface of environments that environments.py describes.
 
     Args:
         rule: "absolute" (turn_direction takes one of 8 compass words, trained on) or "relative"

@@ -145,7 +145,7 @@ class Run:
         """See that it is a run of the same settings, keep others out and find where it stands."""
         path = self.dir / "config.yaml"
         if path.exists():
-            self._compare(_flat(_read_settings(path)), _flat(self.settings))
+            self._compare(flat_settings(read_settings(path)), flat_settings(self.settings))
         self.lock = hold(self.dir / ".lock")
         saved = checkpoints(self.dir) + checkpoints(self.dir, "stopped")
         self.step, self.last = max(saved, default=(0, None))
@@ -267,7 +267,7 @@ def hold(path):
     return file
 
 
-def _read_settings(path):
+def read_settings(path):
     """The nested settings of a config.yaml. Raises: UserError if it is none."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -278,12 +278,12 @@ def _read_settings(path):
     return settings
 
 
-def _flat(settings, prefix=""):
+def flat_settings(settings, prefix=""):
     """{dotted key: value} of nested settings."""
     flat = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            flat.update(flat_settings(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

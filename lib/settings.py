@@ -116,6 +116,7 @@ SCHEMA = {
     "eval.runs": list_of(text),
     "eval.arms": list_of(text),
     "eval.save_merged": list_of(text),
+    "eval.conversations": whole(0, 1000),
     "eval.transcripts": whole(0, 1000),
     "run.dir": text,
     "run.seed": whole(0, MAX_SEED),
@@ -123,7 +124,7 @@ SCHEMA = {
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
 DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
-            "eval.curve_points": 8, "eval.arms": []}
+            "eval.curve_points": 8, "eval.arms": [], "eval.conversations": 0}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import environments
 import gp
 import rollout
 from lib import settings
@@ -142,7 +143,7 @@ def sorting(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("sorting", tmp_path / "sorting.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setitem(rollout.ENVIRONMENTS, "sorting", module.Sorting)
+    monkeypatch.setitem(environments.ENVIRONMENTS, "sorting", module.Sorting)
     return module
 
 

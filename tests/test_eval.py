@@ -16,6 +16,7 @@ import yaml
 from conftest import CONFIG
 
 import eval as evaluation
+import environments
 import rollout
 import sft
 import report
@@ -150,7 +151,7 @@ class Walker:
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(rollout.ENVIRONMENTS, "toy", Corridor)
+    monkeypatch.setitem(environments.ENVIRONMENTS, "toy", Corridor)
     return {"name": "toy"}
 
 
@@ -531,6 +532,41 @@ def test_transcripts_hold_whole_episodes(main, toy):
         )
 
 
+def conversations(folder):
+    """{(arm, variant): turns of episodes} of conversations.jsonl."""
+    text = (folder / "conversations.jsonl").read_text()
+    found = {}
+    for line in map(json.loads, text.splitlines()):
+        found[line["arm"], line["variant"]] = line["episodes"]
+    return found
+
+
+def test_conversations_are_the_episodes_of_the_table(main, toy, monkeypatch):
+    """The first of each leading cell, kept as it is played; as many played anew for more."""
+    run, folder = main
+    few = ("eval.curve_n=0", "eval.splits={all: 5}")
+    run("eval.conversations=3", *few)
+    kept = conversations(folder)
+    assert len(kept) == 6 and all(len(episodes) == 3 for episodes in kept.values())
+    for rail, episode in zip(rails(toy, 3, 7), kept["rl", "ID"]):
+        assert [turn["answer"] for turn in episode if turn["correct"]] == rail
+    first = kept["Init", "ID"][0][0]
+    assert set(first) == {"seed", "attempt", "answer", "reward", "verifier", "category", "correct",
+                          "recognized"}
+    found = played(monkeypatch)
+    run("eval.conversations=2", *few)
+    assert not found  # fewer are a part of what is known
+    run("eval.conversations=9", *few)
+    assert len(found) == 6
+    more = conversations(folder)
+    assert all(len(episodes) == 5 for episodes in more.values())  # no more than the table has
+    assert more["rl", "ID"][:3] == kept["rl", "ID"]
+    run("eval.conversations=0", *few)
+    assert all(not episodes for episodes in conversations(folder).values())
+    settings = yaml.safe_load((folder / "evaluation.yaml").read_text())
+    assert settings["eval"]["conversations"] == 0
+
+
 def played(monkeypatch):
     """A list of the checkpoints and references that are played from now on."""
     found, evaluate, reference = [], evaluation.evaluate, evaluation.play_reference
@@ -645,16 +681,19 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
     ]
 
 
-@pytest.mark.parametrize("name", ["evaluations.jsonl", "evaluation.json", "rl/merged"])
+@pytest.mark.parametrize(
+    "name", ["evaluations.jsonl", "evaluation.yaml", "evaluation.json", "rl/merged"]
+)
 def test_full_disk_is_one_line_and_loses_nothing(main, monkeypatch, capsys, name):
     run, folder = main
     few = ("eval.temperatures=[0]", "eval.curve_n=0", "eval.splits={all: 3}")
+    few = (*few, "eval.conversations=0")
     run(*few, "eval.save_merged=[rl]")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if name == "evaluations.jsonl":
         few = (*few, "eval.seed=8")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = {"evaluations.jsonl": 100, "evaluation.json": 100, "rl/merged": 10**5}[name]
+    room = {"evaluation.json": 4000, "rl/merged": 10**5}.get(name, 100)
     large = bytes(10**6)
     monkeypatch.setattr(Walker, "save_merged", lambda self, out: (out / "w").write_bytes(large))
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))

@@ -278,7 +278,7 @@ def test_figure_without_recognition_has_one_column(show, monkeypatch):
 
 
 def test_no_curves_no_figure(show):
-    assert "written" not in show(curves=dict.fromkeys(VARIANTS, {}))
+    assert ".png" not in show(curves=dict.fromkeys(VARIANTS, {}))
     assert not (show.folder / "evaluation.png").exists()
 
 

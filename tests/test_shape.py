@@ -19,6 +19,7 @@ LEAVES = ("sft", "rl", "eval", "report", "plan", "findings")  # import each othe
 PURE = (
     "gp",
     "virl",
+    "environments",
     "scenery",
     "lib.settings",
     "lib.runs",
@@ -26,12 +27,17 @@ PURE = (
     "lib.checks",
     "lib.suite",
     "lib.jobs",
+    "lib.conversations",
+    "lib.curves",
+    "lib.page",
+    "lib.tables",
     "report",
     "findings",
 )  # without torch
 LAYERS = (  # a module imports from layers above its own line, or from its own folder
     ("lib", "scenery"),
     ("gp", "virl", "policy"),
+    ("environments",),
     ("rollout",),
     LEAVES,
 )
