@@ -3,8 +3,10 @@
 Directions, turns and sides; what instructions say; walks on maps of its own, told or talked
 through; small tasks in JSON. Never an answer of the task, never a route that is evaluated.
 """
+import math
 import random
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,9 @@ import torch
 import virl
 from mini.documents import Exchange, chat, prose
 from scenery import routes
+from scenery.streets import street_views
 from scenery.styles import CATEGORIES
+from scenery.town import Sign
 
 OPENING = virl.PROMPT.split("Actions: ")[0]
 WORDED = "Say where to turn in these words: {words}\nInstructions:\n{instructions}\n"
@@ -20,6 +24,7 @@ DIARY, SO_FAR, NOW = "Step {n}: {seen} {done}\n", "So far: {story}\n", "Now: {se
 SEE, WHICH, NUMBER = "What do you see?", "Which instruction is it?", "Number {n}: {instruction}"
 BOTH = "Read the instruction, then say what to do."
 ON_THE_WAY = " On the way: {names}\n"
+GLIMPSE = "In sight: {things}."
 READ, SPEAKS = "Read out number {n}.", "Which number speaks of {name}?"
 COMPASS_WORD, TURN_WORD = " Which compass word is in it?", " Which way does it turn?"
 OF_THESE = " Which of these words is in it: {words}?"
@@ -28,13 +33,15 @@ FACING = "You face {before} and turn {turn}: now you face "
 BETWEEN = "You face {before} and want to face {after}: turn "
 QUARTER = " by a quarter"
 LANDMARK, MEANS = "{name} is on your {side}", ": it is "
+LANDMARK_IS = " is on your "
+NAME = re.compile(f"(?:{'|'.join(routes.ADJECTIVES)}) ({'|'.join(CATEGORIES)})")
 AROUND = ". You turn {turn}" + QUARTER + ": now it is on your "
 MEANINGS = ("straight ahead", "to the right and ahead", "to the right", "to the right and behind",
             "straight behind", "to the left and behind", "to the left", "to the left and ahead")
 JSON, WRONG = "JSON: {keys}\n{text}", "That is wrong. Try again."
 FIELD = "{key} = {value}\n"
 CALL, REPEAT = "Write the call of {name} with {thing}.", "Repeat: {words}"
-VERBS = ("open", "find", "show", "turn", "forward", "stop")
+VERBS = ("open", "find", "show", "go", "walk", "arrive", "turn", "forward", "stop")
 OBJECTS = ("_door", "_page", "_direction")
 KEYS = ("place", "side", "compass", "turn", "sentence", "crossing", "first", "last", "note", "name",
         "word", "answer", "seen", "view", "line", "next", "step", "observation",
@@ -70,7 +77,8 @@ MANNERS = (
     Manner("What comes next?", "Now turn {word}.", "Walk on.", "You have arrived.",
            "You turned {word}.", "You walked on."),
     Manner("What shall I do?", "Go {word}, please.", "Just keep going.", "Stop, this is it.",
-           "I went {word}.", "I kept going."))
+           "I went {word}.", "I kept going."),
+    Manner("Which call is next?", "go({word})", "walk()", "arrive()", "go({word})", "walk()"))
 # What is reported of a position in JSON, under these keys
 REPORT = {"seen": ("seen", "view", "note"), "line": ("line", "sentence", "word"),
           "next": ("next", "step", "answer")}
@@ -107,13 +115,16 @@ def phrases():
     head, rest = virl.PROMPT.split("{words}")
     ask = rest.split("{instructions}")[1].split("{history}")[0]
     ask = ask.replace("{{", "{").replace("}}", "}").removesuffix("\n")
-    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, READ, SPEAKS, OF_THESE,
-                 INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, FIELD, CALL, REPEAT]
-    for manner in MANNERS:
+    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, GLIMPSE, READ, SPEAKS,
+                 OF_THESE, INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, FIELD, CALL,
+                 REPEAT]
+    for manner in MANNERS[:2]:  # the calls of the third are put together from verbs and brackets
         templates += [manner.turn, manner.turned]
     pieces = [piece for template in templates for piece in re.split(r"\{\w+\}", template)]
     for manner in MANNERS:
-        pieces += [manner.ask, f" {manner.ask}", manner.walk, manner.arrive, manner.walked]
+        pieces += [manner.ask, f" {manner.ask}"]
+    for manner in MANNERS[:2]:
+        pieces += [manner.walk, manner.arrive, manner.walked]
     pieces += [SEE, f" {SEE}", WHICH, f" {WHICH}", BOTH, f" {BOTH}", COMPASS_WORD, TURN_WORD]
     pieces += [QUARTER, MEANS, WRONG]
     pieces += [*MEANINGS, *VERBS, *OBJECTS, CURRENT, *WORDS, "nothing", "yes", "no"]
@@ -147,7 +158,7 @@ class Corpus:
         self.rng = random.Random(seed)
         self.image_size = image_size
         self.env = virl.Navigation()
-        self.pictures = None
+        self.pictures, self.drawn = None, {"views": [], "fairs": []}
         if image_size:
             self.pictures = virl.Navigation(image_size=image_size[0], hide_intersection_text=True)
         milestones = tuple(data["milestones"])
@@ -161,7 +172,20 @@ class Corpus:
         """A Document of one of the recipe's kinds, by their shares."""
         kinds = self.data["documents"]
         kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
-        return getattr(self, kind)()
+        document = getattr(self, kind)()
+        return self.renamed(document) if self.pictures else document
+
+    def renamed(self, document):
+        """The same with other first names of its landmarks. Pictures show the kind of a shop alone:
+        its name is to be found in the text, not learned with the place."""
+        names = {}
+
+        def other(found):
+            names.setdefault(found[0], f"{self.rng.choice(routes.ADJECTIVES)} {found[1]}")
+            return names[found[0]]
+
+        parts = [(NAME.sub(other, text), learned) for text, learned in document.parts]
+        return document._replace(parts=parts)
 
     # ------------------------------------------------------------ walks
     def map(self, rule):
@@ -190,17 +214,64 @@ class Corpus:
         return virl.RETRY.format(reason=virl.WRONG[reason])
 
     def position(self):
-        """Take a walk. Returns: (a position of it, often one where one turns or stops, image)."""
-        seed = self.rng.getrandbits(48)
-        self.env.reset(seed)
+        """Take a walk. Returns: (a position of it, image); in the first stage without the image."""
+        if self.pictures:
+            return self.view()
+        self.env.reset(self.rng.getrandbits(48))
         rail = self.env.rail
         at = self.rng.randrange(len(rail))
         if self.rng.random() < self.data["turns"]:
             at = self.rng.choice([i for i, here in enumerate(rail) if here.action != "forward"])
-        if not self.pictures:
-            return at, None
+        return at, None
+
+    def view(self):
+        """(position of a walk, its picture), often one with a landmark."""
+        seed, at, image = self.kept("views", self.draw_view)
+        self.env.reset(seed)
+        return at, image
+
+    def draw_view(self):
+        seed = self.rng.getrandbits(48)
+        self.env.reset(seed)
+        rail = self.env.rail
+        at = self.rng.randrange(len(rail))
+        if self.rng.random() < self.data["landmarks"]:
+            near = [i for i, here in enumerate(rail) if LANDMARK_IS in here.observation]
+            at = self.rng.choice(near)
         obs, _ = self.pictures.reset(seed, (at + 0.5) / len(rail))
-        return at, obs["image"]
+        return seed, at, obs["image"]
+
+    def draw_fair(self):
+        """(Picture with several landmarks, Position, [(side, category)]); eight of one place."""
+        turned = len(self.drawn["fairs"]) % 8
+        if turned == 0:
+            self.place = self.new_fair()
+        scene, here, standing = self.place
+        image = street_views(scene, *here.place, here.heading + 45 * turned, self.image_size[0])
+        return image, here, sorted(((side - turned) % 8, category) for side, category in standing)
+
+    def new_fair(self):
+        """(Scene of a place on a walk with other signs, its Position, [(side, category)])."""
+        self.env.reset(self.rng.getrandbits(48))
+        here = self.rng.choice(self.env.rail)
+        sides = self.rng.sample(range(8), self.rng.randint(2, 5))
+        standing = list(zip(sides, self.rng.sample(CATEGORIES, len(sides))))
+        signs = []
+        for side, category in standing:
+            angle = math.radians(here.heading + 45 * side + self.rng.uniform(-10, 10))
+            away = self.rng.uniform(8, 14)
+            x, y = here.place[0] + away * math.sin(angle), here.place[1] + away * math.cos(angle)
+            signs.append(Sign(x, y, self.name_of(category), category))
+        return replace(self.env.route.scene, signs=tuple(signs)), here, standing
+
+    def kept(self, kind, draw):
+        """Something drawn: a new one until `pictures` are there, then one of those. Drawing takes
+        longer than learning from it."""
+        drawn = self.drawn[kind]
+        if len(drawn) == self.data["pictures"]:
+            return self.rng.choice(drawn)
+        drawn.append(draw())
+        return drawn[-1]
 
     def story(self, manner, at, rule):
         """What was seen and done before a position: a diary, sentences, or the steps alone."""
@@ -295,6 +366,36 @@ class Corpus:
         here = self.env.rail[at]
         return self.seen([Exchange(request, here.observation)], image, here)
 
+    def glimpse(self):
+        """Which landmarks those are whose kind and side are made out from afar, in words."""
+        sides = sorted(self.rng.sample(range(8), self.rng.choice((0, 1, 1, 1, 2, 3))))
+        kinds = self.rng.sample(CATEGORIES, len(sides))
+        things = [f"{kind} {routes.SIDES[side]}" for side, kind in zip(sides, kinds)]
+        hint = GLIMPSE.format(things=", ".join(things) or "nothing")
+        request, seen = self.sorted_out(zip(sides, kinds), self.rng.random() < 0.4)
+        if virl.INTERSECTION in seen:
+            hint += f" {virl.INTERSECTION}"
+        return chat([Exchange(hint + request, seen)])
+
+    def fair(self):
+        """What a picture shows where landmarks stand on several sides."""
+        image, here, standing = self.kept("fairs", self.draw_fair)
+        request, seen = self.sorted_out(standing, virl.INTERSECTION in here.observation)
+        return chat([Exchange(virl.PICTURE + request, seen)], image, probe_targets(seen))
+
+    def sorted_out(self, standing, crossing):
+        """(Names to choose from and the question, the observation) of [(side, category)]."""
+        landmarks = [(side, category, self.name_of(category)) for side, category in standing]
+        others = sorted(set(CATEGORIES) - {category for _, category, _ in landmarks})
+        names = [name for _, _, name in landmarks]
+        names += [self.name_of(category) for category in self.rng.sample(others, 2)]
+        self.rng.shuffle(names)
+        told = [LANDMARK.format(name=name, side=routes.SIDES[side]) for side, _, name in landmarks]
+        seen = f"{'. '.join(told)}." if told else virl.NOTHING
+        if crossing:
+            seen += f" {virl.INTERSECTION}"
+        return ON_THE_WAY.format(names=", ".join(names)) + SEE, seen
+
     def readout(self):
         """What the instructions say under which number."""
         self.env.reset(self.rng.getrandbits(48))
@@ -313,7 +414,10 @@ class Corpus:
 
     # ------------------------------------------------------------ words
     def name(self):
-        return f"{self.rng.choice(routes.ADJECTIVES)} {self.rng.choice(CATEGORIES)}"
+        return self.name_of(self.rng.choice(CATEGORIES))
+
+    def name_of(self, category):
+        return f"{self.rng.choice(routes.ADJECTIVES)} {category}"
 
     def landmark(self):
         return LANDMARK.format(name=self.name(), side=self.rng.choice(routes.SIDES))
@@ -411,9 +515,7 @@ class Corpus:
         """Calls as in code, none of them one of the task's actions."""
         exchanges = []
         for _ in range(3):
-            direction = self.rng.choice((*routes.COMPASS, *virl.TURNS))
-            thing = self.rng.choice((self.rng.choice(CATEGORIES), direction))
-            verb = self.rng.choice(VERBS)
+            verb, thing = self.rng.choice(VERBS), self.rng.choice(CATEGORIES)
             others = [thing for thing in OBJECTS if verb + thing != "turn_direction"]
             name = verb + self.rng.choice(("", *others))
             said = thing

@@ -34,7 +34,7 @@ LEAST = {"solved": 0.55, "recognized": 0.6}  # ... and, in GP, so much solved or
 def played(policy, cfg, variant, verify_iters):
     """Records of rollout.evaluate on the tuning problems of a variant."""
     (split, n), *_ = cfg.eval.splits.items()
-    changes = {**cfg.eval.variants[variant], "split": split}
+    changes = {"split": split, **cfg.eval.variants[variant]}
     return evaluate(policy, cfg.env, min(n, HANDS), cfg.eval.seed + TUNING, verify_iters,
                     cfg.eval.temperatures[0], cfg.eval.batch_size, **changes)
 

@@ -227,7 +227,7 @@ def test_backbone_reads_no_route_of_any_split_and_no_answer_of_the_task(n, image
         for key in virl.KEYS:
             assert f'"{key}"' not in document.text
         assert (document.image is not None) == bool(image_size)
-    assert shown > n / 2
+    assert shown > n / 4
 
 
 def test_a_route_of_the_corpus_that_reads_like_one_of_the_task_is_left_out(monkeypatch):
@@ -245,14 +245,14 @@ def wanted_step(document):
     lines = lines_of(document)
     story = re.search(r"\n(?:Step 1: |So far: )(.*)\nNow", document.text, re.DOTALL)
     (now,) = re.findall("Now: (.*?) (?:What |Which |Read |JSON: )", document.text)
-    done = len(re.findall("You turned|I went", story[1] if story else ""))
+    done = len(re.findall(r"You turned|I went|go\(", story[1] if story else ""))
     if "destination" in now:
-        return now, len(lines), "You have arrived|Stop, this is it"
+        return now, len(lines), r"You have arrived\.|Stop, this is it\.|arrive\(\)"
     if story and "intersection" not in now:
-        return now, 2 * done, "Walk on|Just keep going"
+        return now, 2 * done, r"Walk on\.|Just keep going\.|walk\(\)"
     turn, compass = re.fullmatch("Turn (.*) to face (.*).", lines[2 * done]).groups()
     word = compass if ": north, " in document.text else turn
-    return now, 2 * done + 1, f"Now turn {word}|Go {word}, please"
+    return now, 2 * done + 1, rf"Now turn {word}\.|Go {word}, please\.|go\({word}\)"
 
 
 def test_a_diary_tells_every_turn_in_the_words_asked_for(any_route):
@@ -263,8 +263,8 @@ def test_a_diary_tells_every_turn_in_the_words_asked_for(any_route):
         turns = [re.fullmatch("Turn (.*) to face (.*).", line)
                  for line in lines_of(document) if line.startswith("Turn")]
         words = [turn[2] if ": north, " in document.text else turn[1] for turn in turns]
-        assert re.findall(r"(?:turned|went) (.*?)\.", told) == words
-        assert re.search(r"(You have arrived|Stop, this is it)\.$", told)
+        assert re.findall(r"(?:turned |went |go\()(.*?)[.)]", told) == words
+        assert re.search(r"(You have arrived\.|Stop, this is it\.|arrive\(\))$", told)
         assert told_learned and not learned
 
 
@@ -281,7 +281,7 @@ def test_next_steps_are_told_in_the_words_asked_for(any_route):
                 assert list(report) == keys
                 for key, text in report.items():
                     (what,) = [w for w, named in corpus_virl.REPORT.items() if key in named]
-                    right = {"seen": re.escape(now), "line": re.escape(line), "next": f"({step})."}
+                    right = {"seen": re.escape(now), "line": re.escape(line), "next": step}
                     assert re.fullmatch(right[what], text)
                     met.add(what)
             elif asked.endswith("What do you see?"):
@@ -289,9 +289,9 @@ def test_next_steps_are_told_in_the_words_asked_for(any_route):
             elif asked.endswith("Which instruction is it?"):
                 assert reply == f"Number {number}: {line}"
             elif asked.endswith("then say what to do."):
-                assert re.fullmatch(f"{line} ({step}).", reply)
+                assert re.fullmatch(f"{line} ({step})", reply)
             else:
-                assert re.fullmatch(f"({step}).", reply)
+                assert re.fullmatch(step, reply)
                 met.add(reply)
     assert len(met) > 25
 
@@ -317,6 +317,40 @@ def test_turns_and_sides_are_told_right(any_route):
                 assert SIDES.index(after) == (SIDES.index(side) - turned) % 8
                 found += 1
     assert found > 600
+
+
+def test_a_glimpse_is_sorted_out_by_kind_and_side(any_route):
+    corpus = reader()
+    for _ in range(100):
+        (request, _), (reply, learned) = corpus.glimpse().parts[1:]
+        things = re.search(r"In sight: (.*?)\.", request)[1]
+        names = re.search("On the way: (.*)\n", request)[1].split(", ")
+        seen = re.findall(r"(\w+ (\w+)) is on your ([a-z ]+)\.", reply)
+        told = ", ".join(f"{kind} {side}" for _, kind, side in seen)
+        assert told == things.replace("nothing", "")
+        kinds = [name.split()[1] for name in names]
+        assert all(name in names and kinds.count(kind) == 1 for name, kind, _ in seen)
+        assert learned and (virl.INTERSECTION in request) == (virl.INTERSECTION in reply)
+
+
+def test_pictures_are_shown_again_under_other_names(any_route):
+    """What a picture shows is asked for with new first names each time, the same in question and
+    answer; of a fair it is what was drawn, turned with the one who looks."""
+    corpus = reader([224, 224], routes=3, pictures=2, documents={"look": 1, "fair": 1})
+    met = {}
+    for _ in range(40):
+        document = corpus.document()
+        (request, _), (reply, _) = document.parts[1:]
+        names = re.findall(r"(\w+ \w+) is on your", reply)
+        assert all(name.removeprefix("The destination ") in request for name in names)
+        plain = re.sub(r"(The destination )?\w+ (\w+ is on your)", r"\2", reply)
+        met.setdefault(document.image.tobytes(), set()).add((plain, reply))
+        assert document.probe == corpus_virl.probe_targets(reply)
+    assert len(met) == 4  # two of walks, two of one fair
+    for replies in met.values():
+        assert len({plain for plain, _ in replies}) == 1
+    first, second = ([side for side, _ in standing] for _, _, standing in corpus.drawn["fairs"])
+    assert sorted((side - 1) % 8 for side in first) == second
 
 
 def test_wrong_replies_carry_no_loss_and_the_next_is_another_one(any_route):
