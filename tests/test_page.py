@@ -179,7 +179,7 @@ def test_findings_beside_are_shown(written):
         ["g: ID, solved", "g/rl - g/sft", "", "-", "", "", ""],
     ]
     words = " ".join(found.text.split())
-    assert "Note: 1: unfinished, rl seed 1: killed" in words and "Note: 1: not equal" in words
+    assert "1: unfinished, rl seed 1: killed 1: not equal" in words
     assert [badge["class"] for badge in found.all("span")] == ["badge right"]
 
 
