@@ -11,7 +11,8 @@ folder, to be read and edited. Here are only sft.py, rl.py and eval.py, called a
 each resumes, or ends at once if it is done (lib/suite.py makes the commands, lib/jobs.py runs them
 side by side). Findings share what they have in common.
 
-Written to the suite's folder: the table as findings.json,
+Written to the suite's folder: report.html, the table with all that it is read from, for a browser
+(report.py writes it), and findings.json,
 
     {folder, quick, findings: {number: {name, verdict, minutes, seeds, interval_over,
     evaluations: {name: path}, unfinished: [..], notes: [..], provided: {.., values, holds},
@@ -21,19 +22,16 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from lib.jobs import Board, Crew, cores, minutes_by_job
 from lib.runs import hold, write_atomic, writing
 from lib.settings import ROOT, UserError, run_main
 from lib.suite import Suite, chosen
+from lib.verdict_table import ONE_SEED, SEEDS, verdict_table
 from lib.verdicts import MISSING, Evaluation, verdict_of_all
-
-HEAD = ("finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes")
-ONE_SEED = "hands or routes alone"
-SEEDS = "seeds, and hands or routes"
 
 
 # ---------------------------------------------------------------- what came out
@@ -105,62 +103,12 @@ def notes_on(finding, evaluations):
     return [note for note in dict.fromkeys(notes) if note]
 
 
-# ---------------------------------------------------------------- the table
-def table_lines(findings):
-    """Lines of the table of {number: as of `finding_result`}: a finding, then its differences."""
-    rows = [HEAD]
-    for number, result in findings.items():
-        seeds = str(result["seeds"]) if result["seeds"] > 1 else "1 (hands only)"
-        verdict = result["verdict"].upper()
-        rows.append((f"{number}. {result['name']}", "", "", "", verdict, seeds,
-                     f"{result['minutes']:.0f}"))
-        if "provided" in result:
-            rows.append(provided_row(result["provided"]))
-        rows += [line_row(line, line["verdict"]) for line in result["decides"]]
-        rows += [line_row(line, "") for line in result["beside"]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def line_row(line, verdict):
-    """Cells of a difference; what decides nothing has no verdict."""
-    arm, _, base = line["says"].split()
-    place = ", ".join(line["at"][2:])
-    paper = f"{line['paper']:+.1f}" if "paper" in line else ""
-    ours = "-"
-    if line["estimate"]:
-        value, low, high = line["estimate"]
-        ours = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
-    return f"   {line['at'][0]}: {place}", f"{arm} - {base}", paper, ours, verdict, "", ""
-
-
-def provided_row(condition):
-    values = ["-" if value is None else f"{value:.1f}" for value in condition["values"]]
-    share = f"start / Init <= {condition['at_most']:g}"
-    says = "holds" if condition["holds"] else "does not hold"
-    return f"   {condition['at'][0]}: provided", share, "", " / ".join(values), says, "", ""
-
-
-def note_lines(findings):
-    """Below the table: what the intervals count, what is unfinished, notes of the evaluations."""
-    lines = []
-    for number, result in findings.items():
-        about = [f"unfinished, {job}" for job in result["unfinished"]] + result["notes"]
-        lines += [f"{number}: {line}" for line in about]
-    if any(result["seeds"] == 1 for result in findings.values()):
-        lines.insert(0, f"one seed: intervals count {ONE_SEED}; another training may fall outside")
-    return lines
-
-
+# ---------------------------------------------------------------- the command
 def show(suite, numbers, crew):
     """Print the table and write findings.json, of what there is."""
     failed = {job.name: ended for job, ended in crew.over.items() if ended}
     findings = {number: finding_result(suite, number, failed) for number in numbers}
-    print(*table_lines(findings), *note_lines(findings), sep="\n", flush=True)
+    print(*verdict_table(findings).lines(), sep="\n", flush=True)
     path, kept = suite.folder / "findings.json", {}
     with suppress(OSError, ValueError, KeyError):  # none yet, or damaged
         kept = json.loads(path.read_text(encoding="utf-8"))["findings"]  # other findings stay
@@ -168,9 +116,16 @@ def show(suite, numbers, crew):
     merged = {number: result for number, result in merged.items() if result}
     written = {"folder": str(suite.folder), "quick": suite.quick, "findings": merged}
     write_atomic(path, json.dumps(written, indent=1) + "\n")
+    print(f"written: {path}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- the command
+def write_page(suite):
+    """Write report.html, as `python report.py SUITE` does; what it cannot say, the table has."""
+    command = [sys.executable, str(ROOT / "report.py"), str(suite.folder)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0:
+        print(f"written: {suite.folder / 'report.html'}", file=sys.stderr)
+
+
 def list_lines(jobs):
     """A shell line per run folder: lines are independent of each other; && joins what must follow.
 
@@ -225,13 +180,13 @@ def main(arguments):
         crew.run()
     finally:
         show(suite, numbers, crew)
+    write_page(suite)
     lock.close()
     failed = [f"{job.name}: {ended}" for job, ended in crew.over.items()
               if ended and not ended.startswith("needs ")]
     if failed:
         more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
         raise UserError(f"{failed[0]}{more}; the same command goes on from there")
-    print(f"written: {Path(suite.folder) / 'findings.json'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@
                                                              trainings' curves and conversations
     python report.py RUN_FOLDER                              before an evaluation, or during a
                                                              training: report.html of its curves
+    python report.py SUITE_FOLDER                            prints the verdicts of findings.py,
+                                                             writes report.html: these and all of
+                                                             the evaluations below
     python report.py RUN_FOLDER --publish results/X.json     keeps the numbers for the documents
     python report.py --documents                             rewrites blocks and figures of
                                                              README.md and docs/*.md
@@ -39,13 +42,14 @@ from typing import NamedTuple
 import yaml
 
 from environments import make_env, observations
-from lib.conversations import conversation, read_conversations, seeds_of
+from lib.conversations import bare_answers, conversation, read_conversations, seeds_of
 from lib.curves import logs_of, panels_of as panels_of_training
-from lib.page import Page, changed_settings, findings_beside, write_page
-from lib.results import Estimate, Nucleus, Point, Report, temperature_name
+from lib.page import Page, changed_settings, findings_beside, settings_files, write_page
+from lib.results import read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT, UserError, load, run_main
 from lib.tables import NAMES, all_tables, gap_rows, grade_rows, mean, signed_text, training_name
+from lib.verdict_table import read_verdicts
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
@@ -64,41 +68,6 @@ HEADLINE = {  # task and what is measured: the file, and where its rule OOD stan
     "V-IRL-L, per step": ("virl_l_mini", ["unseen", "rule OOD", "per_step"]),
     "V-IRL-VL, per step": ("virl_vl_mini", ["unseen", "rule OOD", "per_step"]),
 }
-
-
-def read(path):
-    """What an evaluation.json holds, by attributes; its lists are the classes of lib/results.py.
-
-    Raises: UserError if there is no such file, or one of an older version.
-    """
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=as_class)
-    except (OSError, ValueError):
-        raise UserError(f"cannot read {path}: run eval.py first") from None
-    if "reports" not in stored:
-        raise UserError(f"{path} is of an older version: run eval.py again")
-    stored["temperatures"] = [as_temperature(one) for one in stored["temperatures"]]
-    for arms in stored["curves"].values():
-        for arm, points in arms.items():
-            arms[arm] = [Point(*numbers) for numbers in points]
-    older = {"transcripts": [], "notes": [], "frontier": [], "official_gflops": {}}
-    return SimpleNamespace(**{**older, **stored})
-
-
-def as_class(stored):
-    """A JSON object: a Report, or what it was, the metrics of a row as Estimates."""
-    if "title" in stored:
-        return Report(**stored)
-    if "temperature" in stored:
-        stored["temperature"] = as_temperature(stored["temperature"])
-    for name, numbers in stored.get("metrics", {}).items():
-        stored["metrics"][name] = Estimate(*numbers)
-        stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
-    return stored
-
-
-def as_temperature(stored):
-    return Nucleus(*stored) if isinstance(stored, list) else stored
 
 
 # ---------------------------------------------------------------- on screen
@@ -502,19 +471,41 @@ def write_training_page(folder):
         trainings=panels_of_training(logs), settings=changed, shipped=shipped))
 
 
+def write_suite_page(path):
+    """Print the verdicts of a findings.json and write report.html beside it: all evaluations."""
+    folder, verdicts = path.parent, read_verdicts(path)
+    print(*verdicts.lines(), "", sep="\n")
+    page = Page(title=f"Findings in {folder}", findings=verdicts)
+    for name in verdicts.evaluations:
+        try:
+            add_evaluation(page, name, folder / name / "evaluation.json")
+        except UserError as error:
+            page.notes.append(f"{name}: {error}")
+    save_page(folder, page)
+
+
+def add_evaluation(page, name, path):
+    """Add an evaluation.json and what lies beside it to a suite's Page, under its name; curves of
+    its first run alone, as of all they would be too many. Raises: UserError if it cannot be read.
+    """
+    results = read(path)
+    page.facts[name] = f"{results.commit}, {results.machine}, {results.versions}"
+    page.tables += [table._replace(title=f"{name}: {table.title}") for table in all_tables(results)]
+    for title, drawn in draw_all(results, path).items():
+        page.figures[f"{name}: {title}"] = drawn
+    run = results.runs[0]
+    for kind, panels in panels_of_training(logs_of(run)).items():
+        page.trainings[f"{run}: {kind}"] = panels  # evaluations share runs
+    for training, turns in bare_answers(run).items():
+        page.bare[f"{run}: {training}"] = turns
+    conversations, problems = conversations_in(path.parent)
+    page.conversations += [one._replace(variant=f"{name}: {one.variant}") for one in conversations]
+    page.notes += [f"{name}: {problem}" for problem in problems]
+
+
 def save_page(folder, page):
     write_page(folder / "report.html", page)
     print(f"written: {folder / 'report.html'}")
-
-
-def settings_files(folder, runs):
-    """{name: YAML} of the settings that an evaluation and the trainings of its runs were given."""
-    files = {"evaluation": folder / "evaluation.yaml"}
-    for run in map(Path, runs):
-        for path in [run / "config.yaml", *sorted(run.glob("*/config.yaml"))]:
-            training = path.parent.name
-            files[training if len(runs) == 1 else f"{run}: {training}"] = path
-    return {name: path for name, path in files.items() if path.exists()}
 
 
 def conversations_in(folder):
@@ -537,14 +528,16 @@ def conversations_in(folder):
 
 # ---------------------------------------------------------------- the command
 def find(arguments):
-    """The evaluation.json that the command line names: by configuration, run folder or itself."""
+    """The evaluation.json that the command line names: by configuration, run folder or itself;
+    findings.json of a suite's folder."""
     path = Path(arguments[0])
     if path.suffix == ".json":
         return path
     if not path.is_dir():
         cfg, _, _ = load(arguments)
         path = Path(cfg.run.dir)
-    return path / "evaluation.json"
+    suite, evaluation = path / "findings.json", path / "evaluation.json"
+    return suite if suite.exists() and not evaluation.exists() else evaluation
 
 
 def publish(path, target):
@@ -563,7 +556,7 @@ def publish(path, target):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="CONFIG.yaml, run folder or FILE.json")
+    parser.add_argument("what", nargs="*", help="CONFIG.yaml, FILE.json, folder of a run or suite")
     parser.add_argument("--publish", type=Path, metavar="FILE.json", help="keep the numbers there")
     parser.add_argument("--documents", action="store_true", help="rewrite their tables and figures")
     options = parser.parse_args(arguments)
@@ -573,6 +566,9 @@ def main(arguments):
     if not options.what:
         parser.error("name a CONFIG.yaml, a run's folder or --documents")
     path = find(options.what)
+    if path.name == "findings.json":
+        write_suite_page(path)
+        return
     if not path.exists() and logs_of(path.parent):
         write_training_page(path.parent)
         return

@@ -7,7 +7,11 @@ first eval.conversations of the episodes that the table counts. No torch in this
 """
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
+
+from lib.runs import read_settings
+from lib.settings import UserError
 
 WRONG, MISREAD, PLAIN = "wrong", "misread", ""
 ILLEGAL = "illegal"  # category of answers in which something was not found: there is no reading
@@ -123,6 +127,22 @@ def prompt_of(observation):
     if isinstance(content, str):
         return content
     return "\n".join(piece["text"] for piece in content if piece["type"] == "text")
+
+
+def bare_answers(run, n=5):
+    """The first answers of PPO that began from the bare model (ppo.init=none), where nobody plays
+    that model as an arm. rl.py logs them before the first update has changed anything.
+
+    Returns: {name of the training in the run's folder: n turns {answer, attempt, reward, verifier}}
+    """
+    found = {}
+    for path in sorted(Path(run).glob("rl*/transcripts.jsonl")):
+        with suppress(OSError, UserError, ValueError, TypeError, KeyError):
+            if read_settings(path.with_name("config.yaml"))["ppo"]["init"] == "none":
+                lines = path.read_text(encoding="utf-8").splitlines()[:n]
+                turns = [json.loads(line) for line in lines]
+                found[path.parent.name] = [turn for turn in turns if turn["step"] == 1]
+    return found
 
 
 # ---------------------------------------------------------------- what is wrong with an answer

@@ -8,7 +8,6 @@ is there. No torch in this file.
 import base64
 import hashlib
 import io
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,12 @@ from lib.curves import HEIGHT, WIDTH
 from lib.runs import flat_settings, read_settings, write_atomic
 from lib.settings import ROOT, UserError, load
 from lib.tables import training_name
+from lib.verdict_table import HEAD, VerdictTable, read_verdicts
 
 HERE = Path(__file__).parent
 LIMIT = 8_000_000  # bytes of the page; conversations that do not fit are left out
 LARGEST = 448  # pixels of a side of a picture that a model saw, which may be larger
 NOT_COMPARED = ("run.dir", "run.seed")  # settings that differ from run to run
-FINDING = ("finding", "title", "paper", "ours", "verdict", "minutes")  # columns of findings.json
 
 
 @dataclass
@@ -34,12 +33,13 @@ class Page:
     title: str
     facts: dict = field(default_factory=dict)  # {name: text}: how the figures came about
     notes: list = field(default_factory=list)  # lines that the tables must not be read without
-    findings: list = field(default_factory=list)  # rows of `findings_beside`
+    findings: VerdictTable | None = None
     tables: list = field(default_factory=list)  # of lib/tables.py
     figures: dict = field(default_factory=dict)  # {title: path of a PNG}
     trainings: dict = field(default_factory=dict)  # of curves.panels_of
     shipped: str = ""  # the YAML that settings are compared with
     settings: list = field(default_factory=list)  # rows of `changed_settings`
+    bare: dict = field(default_factory=dict)  # {training: answers}, see `bare_answers`
     conversations: list = field(default_factory=list)  # of lib/conversations.py
 
 
@@ -56,7 +56,7 @@ def write_page(path, page):
     parts = {
         "page": page,
         "figures": {title: png_uri(file.read_bytes()) for title, file in page.figures.items()},
-        "width": WIDTH, "height": HEIGHT, "columns": FINDING,
+        "width": WIDTH, "height": HEIGHT, "columns": HEAD,
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
         "script": Markup(script), "script_digest": digest,
         "arms": arms_of(page.conversations),
@@ -121,19 +121,20 @@ def picture_uri(image):
 
 # ---------------------------------------------------------------- what lies beside
 def findings_beside(folder):
-    """Rows of FINDING texts of the folder's findings.json, [] if there is none that can be read."""
-    path = Path(folder) / "findings.json"
-    found = []
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(found, dict):  # a list of rows under some name
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if lists else []
-    rows = []
-    for row in found if isinstance(found, list) else []:
-        if isinstance(row, dict):
-            rows.append({name: str(row.get(name, "")) for name in FINDING})
-    return rows
+    """The VerdictTable of the folder's findings.json, None if there is none that can be read."""
+    with suppress(UserError):
+        return read_verdicts(Path(folder) / "findings.json")
+    return None
+
+
+def settings_files(folder, runs):
+    """{name: YAML} of the settings that an evaluation and the trainings of its runs were given."""
+    files = {"evaluation": folder / "evaluation.yaml"}
+    for run in map(Path, runs):
+        for path in [run / "config.yaml", *sorted(run.glob("*/config.yaml"))]:
+            training = path.parent.name
+            files[training if len(runs) == 1 else f"{run}: {training}"] = path
+    return {name: path for name, path in files.items() if path.exists()}
 
 
 def changed_settings(files):

@@ -26,7 +26,12 @@
     runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
 """
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+
+from lib.settings import UserError
 
 
 class Estimate(NamedTuple):
@@ -72,3 +77,39 @@ def temperature_name(temperature):
     if isinstance(temperature, Nucleus):
         return f"T = {temperature.T:g}, top-p {temperature.top_p:g}"
     return f"T = {temperature:g}" if temperature else "greedy"
+
+
+# ---------------------------------------------------------------- read
+def read(path):
+    """What an evaluation.json holds, by attributes; its lists are the classes above.
+
+    Raises: UserError if there is no such file, or one of an older version.
+    """
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=as_class)
+    except (OSError, ValueError):
+        raise UserError(f"cannot read {path}: run eval.py first") from None
+    if "reports" not in stored:
+        raise UserError(f"{path} is of an older version: run eval.py again")
+    stored["temperatures"] = [as_temperature(one) for one in stored["temperatures"]]
+    for arms in stored["curves"].values():
+        for arm, points in arms.items():
+            arms[arm] = [Point(*numbers) for numbers in points]
+    older = {"transcripts": [], "notes": [], "frontier": [], "official_gflops": {}}
+    return SimpleNamespace(**{**older, **stored})
+
+
+def as_class(stored):
+    """A JSON object: a Report, or what it was, the metrics of a row as Estimates."""
+    if "title" in stored:
+        return Report(**stored)
+    if "temperature" in stored:
+        stored["temperature"] = as_temperature(stored["temperature"])
+    for name, numbers in stored.get("metrics", {}).items():
+        stored["metrics"][name] = Estimate(*numbers)
+        stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
+    return stored
+
+
+def as_temperature(stored):
+    return Nucleus(*stored) if isinstance(stored, list) else stored

@@ -409,7 +409,8 @@ def diary(tmp_path):
 
 def test_one_table_and_its_json(fake, tmp_path, capsys):
     written = fake("1")
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert said.splitlines()[-1] == f"written: {tmp_path / 'suite' / 'report.html'}"
     first = next(line for line in out.splitlines() if line.startswith("1. "))
     assert "SHOWN" in first and "1 (hands only)" in first
     assert "-9.0 [-12.0, -6.0]" in out and "-8.1" in out
@@ -419,6 +420,7 @@ def test_one_table_and_its_json(fake, tmp_path, capsys):
     assert result["decides"][1]["estimate"] == [4, 1, 7] and result["unfinished"] == []
     assert result["interval_over"] == "hands or routes alone" and len(result["evaluations"]) == 4
     assert len(diary(tmp_path)) == len(commands(["1"]))
+    assert "1. SFT loses the rule" in (tmp_path / "suite" / "report.html").read_text()
     assert set(fake("2")["findings"]) == {"1", "2"}  # another time: what was there stays
 
 
@@ -429,7 +431,8 @@ def test_failed_child_is_told_and_the_rest_kept(fake, tmp_path, capsys):
         fake("1")
     out = capsys.readouterr().out
     assert "NOT MEASURED" in out and "-9.0 [-12.0, -6.0]" in out
-    assert "unfinished, virl_vl/rl seed 1: killed by SIGKILL" in out
+    unfinished = "unfinished, virl_vl/rl seed 1: killed by SIGKILL"
+    assert unfinished in out and unfinished in (tmp_path / "suite" / "report.html").read_text()
     (tmp_path / "rl.py").write_text(FAKE)
     assert fake("1")["findings"]["1"]["verdict"] == "shown"
 

@@ -19,7 +19,7 @@ import report
 from environments import make_env, observations
 from lib import curves, page
 from lib.conversations import conversation, read_conversations
-from lib.settings import load
+from lib.settings import UserError, load
 
 EVIL = '</pre></mark><script>alert("x")</script><img src=http://x.invalid/ onerror=alert(1)> &'
 HALF = "\ud83d"  # of a character, which JSON may spell
@@ -31,21 +31,33 @@ class Parsed(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tags, self.text, self.inside = [], "", None
+        self.tables = []  # rows of texts of their cells
         self.raw = {"script": "", "style": ""}
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self.inside = tag if tag in self.raw else None
+        if tag != "span":
+            self.inside = tag if tag in self.raw else None
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.inside = tag
+            self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
-        self.inside = None
+        if tag != "span":
+            self.inside = None
 
     def handle_data(self, data):
-        if self.inside:
+        if self.inside in self.raw:
             self.raw[self.inside] += data
-        else:
-            self.text += data
+            return
+        self.text += data
+        if self.inside:
+            self.tables[-1][-1][-1] += data
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -72,16 +84,42 @@ def line(arm, episodes, variant="ID", env=None):
     }
 
 
+def finding(**changes):
+    """As findings.py writes it down."""
+    ours = {"at": ["g", "all", "rule OOD", "solved"], "says": "g/rl > Init", "paper": 3.5,
+            "estimate": [4, 1, 7], "per_seed": [4], "verdict": "shown"}
+    other = {"at": ["g", "all", "ID", "solved"], "says": "g/rl > g/sft", "estimate": None,
+             "per_seed": [], "verdict": "not measured"}
+    provided = {"at": ["g", "all", "ID", "solved"], "start_of": "g/rl", "at_most": 0.5,
+                "of_start_of": "g/q", "values": [7, None], "holds": False}
+    found = {
+        "name": "RL gains", "verdict": "not shown", "minutes": 12.3, "seeds": 3,
+        "interval_over": "seeds", "evaluations": {"g": "elsewhere/g/evaluation.json"},
+        "unfinished": ["rl seed 1: killed"], "notes": ["not equal"], "provided": provided,
+        "decides": [ours], "beside": [other],
+    }
+    return {**found, **changes}
+
+
+def save_findings(folder, findings):
+    found = {"folder": str(folder), "quick": False, "findings": findings}
+    (folder / "findings.json").write_text(json.dumps(found))
+
+
+def save_evaluation(folder, lines, **changes):
+    found = evaluation(**{"curves": {"ID": {}, "rule OOD": {}}, "runs": [str(folder)], **changes})
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (folder / "conversations.jsonl").write_text(text)
+
+
 @pytest.fixture
 def written(tmp_path, capsys):
     """report.main over an evaluation with these conversations; the page Parsed."""
 
     def write(*lines, **changes):
-        usual = {"curves": {"ID": {}, "rule OOD": {}}, "runs": [str(tmp_path)]}
-        found = evaluation(**{**usual, **changes})
-        (tmp_path / "evaluation.json").write_text(json.dumps(found))
-        text = "".join(json.dumps(one) + "\n" for one in lines)
-        (tmp_path / "conversations.jsonl").write_text(text)
+        save_evaluation(tmp_path, lines, **changes)
         report.main([str(tmp_path)])
         return Parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -92,7 +130,7 @@ def written(tmp_path, capsys):
 # ---------------------------------------------------------------- what is in it
 def test_whatever_was_written_by_others_stays_text(written):
     lines = [line(EVIL, [[turn(EVIL + HALF, verifier=EVIL)]], variant=EVIL)]
-    (written.folder / "findings.json").write_text(json.dumps([{"title": EVIL}]))
+    save_findings(written.folder, {EVIL: finding(name=EVIL, verdict=EVIL, notes=[EVIL])})
     found = written(*lines, notes=[EVIL], commit=EVIL)
     assert len(found.all("script")) == 1 and not found.all("script")[0]
     assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
@@ -128,17 +166,31 @@ def test_figures_are_in_the_page(written):
         assert data == (written.folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"made": "now", "rows": rows}])
-def test_findings_beside_are_shown(written, wrap):
-    rows = [{"finding": 1, "verdict": "the other way", "minutes": 3.5, "more": 1}, "not a row"]
-    (written.folder / "findings.json").write_text(json.dumps(wrap(rows)))
-    assert "the other way" in written().text
+def test_findings_beside_are_shown(written):
+    """Each with its verdict, seeds and minutes, below it what decides, then what does not."""
+    save_findings(written.folder, {"1": finding()})
+    found = written()
+    (table, *_) = found.tables
+    assert table == [
+        ["finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes"],
+        ["1. RL gains", "", "", "", "NOT SHOWN", "3", "12"],
+        ["g: provided", "start / Init <= 0.5", "", "7.0 / -", "does not hold", "", ""],
+        ["g: rule OOD, solved", "g/rl - Init", "+3.5", "+4.0 [1.0, 7.0]", "shown", "", ""],
+        ["g: ID, solved", "g/rl - g/sft", "", "-", "", "", ""],
+    ]
+    words = " ".join(found.text.split())
+    assert "1: unfinished, rl seed 1: killed 1: not equal" in words
+    assert [badge["class"] for badge in found.all("span")] == ["badge right"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", "[1]", '{"rows": 3}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "3", "[1]", '{"rows": 3}', "null", '{"findings": 3}',
+                                  '{"findings": {"1": {}}}', '{"findings": {"1": []}}'])
 def test_findings_that_cannot_be_read_are_left_out(written, text):
     (written.folder / "findings.json").write_text(text)
     assert not [section for section in written().all("section") if section["id"] == "findings"]
+    (written.folder / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="cannot read .*findings.json: run findings.py first"):
+        report.main([str(written.folder)])
 
 
 def test_settings_are_compared_with_the_nearest_shipped_ones(tmp_path):
@@ -169,6 +221,75 @@ def test_page_stays_within_its_limit(written, monkeypatch):
     assert 4 <= len(shown) < 24 and shown == sorted(shown)
     assert abs(shown.count("ID") - shown.count("rule OOD")) <= 1
     assert f"{24 - len(shown)} more did not fit" in " ".join(found.text.split())
+
+
+# ---------------------------------------------------------------- of a whole suite
+@pytest.fixture
+def suite(tmp_path, capsys):
+    """write(**more findings): the page of a suite of two evaluations, g and h, Parsed."""
+    for name, drawn in {"g": evaluation()["curves"], "h": {"ID": {}}}.items():
+        episodes = [[turn(f"{name} {seed}" + 4000 * "x", seed=seed)] for seed in range(9)]
+        lines = [line("Init", episodes), line("rl", episodes, "rule OOD")]
+        save_evaluation(tmp_path / name, lines, curves=drawn, runs=[str(tmp_path / "s1" / "gp")])
+    arms = {"rl": ("sft/step_1", "not bare"), "rl-ppo.init=none": ("none", EVIL)}
+    for arm, (init, answer) in arms.items():
+        folder = tmp_path / "s1" / "gp" / arm
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"ppo: {{init: {init}}}")
+        turns = [{"step": 1 + at // 6, **turn(f"{answer} {at}")} for at in range(8)]
+        (folder / "transcripts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in turns))
+        (folder / "metrics.jsonl").write_text(record(1, reward=-1.5) + "\n")
+
+    def write(**more):
+        names = {"h": "h/evaluation.json", "g": "g/evaluation.json"}
+        save_findings(tmp_path, {"1": finding(evaluations=names), **more})
+        report.main([str(tmp_path)])
+        return Parsed((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+    write.folder = tmp_path
+    return write
+
+
+def test_suite_shows_all_its_evaluations(suite, capsys):
+    """Under their names, in the order in which the findings name them."""
+    found = suite()
+    out = capsys.readouterr().out
+    assert "1. RL gains" in out and f"written: {suite.folder / 'report.html'}" in out
+    variants = dict.fromkeys(one["data-variant"] for one in found.conversations)
+    assert list(variants) == ["h: ID", "h: rule OOD", "g: ID", "g: rule OOD"]
+    assert found.tables[0][1][0] == "1. RL gains"
+    titles = re.findall(r"\b([gh]): all: success %", found.text)
+    assert titles == ["h", "g"]
+    figures = [image["alt"] for image in found.all("img") if "png" in image["src"][:20]]
+    titles = ["success against model GFLOPs", "Other variants against the trained one"]
+    assert figures == [f"g: {title}" for title in titles]
+    assert [svg["aria-label"][:17] for svg in found.all("svg")] == ["reward per answer"]  # once
+
+
+def test_bare_model_answers_as_it_did(suite):
+    """Five answers of the first update of the PPO that began there, and of no other."""
+    found = suite()
+    words = " ".join(found.text.split())
+    assert [f"{EVIL} {at}" in words for at in range(8)] == 5 * [True] + 3 * [False]
+    assert f"{suite.folder / 's1' / 'gp'}: rl-ppo.init=none" in words and "not bare" not in words
+
+
+def test_suite_stays_within_the_limit(suite, monkeypatch):
+    monkeypatch.setattr(page, "LIMIT", 400_000)
+    found = suite()
+    assert (suite.folder / "report.html").stat().st_size <= 400_000
+    shown = [one["data-variant"] for one in found.conversations]
+    counts = [shown.count(name) for name in dict.fromkeys(shown)]
+    assert len(counts) == 4 and sum(counts) < 36 and max(counts) - min(counts) <= 1
+
+
+def test_suite_says_which_evaluation_it_cannot_read(suite):
+    (suite.folder / "old").mkdir()
+    (suite.folder / "old" / "evaluation.json").write_text("{}")
+    found = suite(**{"2": finding(evaluations={"old": "", "gone": ""})})
+    words = " ".join(found.text.split())
+    assert "Note: old: " in words and "is of an older version" in words
+    assert "Note: gone: cannot read" in words and len(found.conversations) == 36
 
 
 # ---------------------------------------------------------------- conversations

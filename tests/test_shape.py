@@ -31,6 +31,7 @@ PURE = (
     "lib.curves",
     "lib.page",
     "lib.tables",
+    "lib.verdict_table",
     "report",
     "findings",
 )  # without torch
