@@ -24,7 +24,6 @@ DIARY, SO_FAR, NOW = "Step {n}: {seen} {done}\n", "So far: {story}\n", "Now: {se
 SEE, WHICH, NUMBER = "What do you see?", "Which instruction is it?", "Number {n}: {instruction}"
 BOTH = "Read the instruction, then say what to do."
 ON_THE_WAY = " On the way: {names}\n"
-GLIMPSE = "In sight: {things}."
 READ, SPEAKS = "Read out number {n}.", "Which number speaks of {name}?"
 COMPASS_WORD, TURN_WORD = " Which compass word is in it?", " Which way does it turn?"
 OF_THESE = " Which of these words is in it: {words}?"
@@ -115,9 +114,8 @@ def phrases():
     head, rest = virl.PROMPT.split("{words}")
     ask = rest.split("{instructions}")[1].split("{history}")[0]
     ask = ask.replace("{{", "{").replace("}}", "}").removesuffix("\n")
-    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, GLIMPSE, READ, SPEAKS,
-                 OF_THESE, INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, FIELD, CALL,
-                 REPEAT]
+    templates = [OPENING, WORDED, DIARY, SO_FAR, NOW, NUMBER, ON_THE_WAY, READ, SPEAKS, OF_THESE,
+                 INSTRUCTION, FACING, BETWEEN, LANDMARK, AROUND, JSON, FIELD, CALL, REPEAT]
     for manner in MANNERS[:2]:  # the calls of the third are put together from verbs and brackets
         templates += [manner.turn, manner.turned]
     pieces = [piece for template in templates for piece in re.split(r"\{\w+\}", template)]
@@ -366,35 +364,20 @@ class Corpus:
         here = self.env.rail[at]
         return self.seen([Exchange(request, here.observation)], image, here)
 
-    def glimpse(self):
-        """Which landmarks those are whose kind and side are made out from afar, in words."""
-        sides = sorted(self.rng.sample(range(8), self.rng.choice((0, 1, 1, 1, 2, 3))))
-        kinds = self.rng.sample(CATEGORIES, len(sides))
-        things = [f"{kind} {routes.SIDES[side]}" for side, kind in zip(sides, kinds)]
-        hint = GLIMPSE.format(things=", ".join(things) or "nothing")
-        request, seen = self.sorted_out(zip(sides, kinds), self.rng.random() < 0.4)
-        if virl.INTERSECTION in seen:
-            hint += f" {virl.INTERSECTION}"
-        return chat([Exchange(hint + request, seen)])
-
     def fair(self):
         """What a picture shows where landmarks stand on several sides."""
         image, here, standing = self.kept("fairs", self.draw_fair)
-        request, seen = self.sorted_out(standing, virl.INTERSECTION in here.observation)
-        return chat([Exchange(virl.PICTURE + request, seen)], image, probe_targets(seen))
-
-    def sorted_out(self, standing, crossing):
-        """(Names to choose from and the question, the observation) of [(side, category)]."""
-        landmarks = [(side, category, self.name_of(category)) for side, category in standing]
-        others = sorted(set(CATEGORIES) - {category for _, category, _ in landmarks})
-        names = [name for _, _, name in landmarks]
+        landmarks = [(side, self.name_of(category)) for side, category in standing]
+        others = sorted(set(CATEGORIES) - {category for _, category in standing})
+        names = [name for _, name in landmarks]
         names += [self.name_of(category) for category in self.rng.sample(others, 2)]
         self.rng.shuffle(names)
-        told = [LANDMARK.format(name=name, side=routes.SIDES[side]) for side, _, name in landmarks]
-        seen = f"{'. '.join(told)}." if told else virl.NOTHING
-        if crossing:
+        request = virl.PICTURE + ON_THE_WAY.format(names=", ".join(names)) + SEE
+        told = [LANDMARK.format(name=name, side=routes.SIDES[side]) for side, name in landmarks]
+        seen = f"{'. '.join(told)}."
+        if virl.INTERSECTION in here.observation:
             seen += f" {virl.INTERSECTION}"
-        return ON_THE_WAY.format(names=", ".join(names)) + SEE, seen
+        return chat([Exchange(request, seen)], image, probe_targets(seen))
 
     def readout(self):
         """What the instructions say under which number."""
@@ -414,7 +397,7 @@ class Corpus:
 
     # ------------------------------------------------------------ words
     def name(self):
-        return self.name_of(self.rng.choice(CATEGORIES))
+        return f"{self.rng.choice(routes.ADJECTIVES)} {self.rng.choice(CATEGORIES)}"
 
     def name_of(self, category):
         return f"{self.rng.choice(routes.ADJECTIVES)} {category}"

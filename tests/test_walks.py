@@ -319,20 +319,6 @@ def test_turns_and_sides_are_told_right(any_route):
     assert found > 600
 
 
-def test_a_glimpse_is_sorted_out_by_kind_and_side(any_route):
-    corpus = reader()
-    for _ in range(100):
-        (request, _), (reply, learned) = corpus.glimpse().parts[1:]
-        things = re.search(r"In sight: (.*?)\.", request)[1]
-        names = re.search("On the way: (.*)\n", request)[1].split(", ")
-        seen = re.findall(r"(\w+ (\w+)) is on your ([a-z ]+)\.", reply)
-        told = ", ".join(f"{kind} {side}" for _, kind, side in seen)
-        assert told == things.replace("nothing", "")
-        kinds = [name.split()[1] for name in names]
-        assert all(name in names and kinds.count(kind) == 1 for name, kind, _ in seen)
-        assert learned and (virl.INTERSECTION in request) == (virl.INTERSECTION in reply)
-
-
 def test_pictures_are_shown_again_under_other_names(any_route):
     """What a picture shows is asked for with new first names each time, the same in question and
     answer; of a fair it is what was drawn, turned with the one who looks."""
