@@ -157,6 +157,7 @@ class Corpus:
         self.image_size = image_size
         self.env = virl.Navigation()
         self.pictures, self.drawn = None, {"views": [], "fairs": []}
+        self.place = None  # of the latest fairs
         if image_size:
             self.pictures = virl.Navigation(image_size=image_size[0], hide_intersection_text=True)
         milestones = tuple(data["milestones"])
