@@ -33,7 +33,7 @@ BETWEEN = "You face {before} and want to face {after}: turn "
 QUARTER = " by a quarter"
 LANDMARK, MEANS = "{name} is on your {side}", ": it is "
 LANDMARK_IS = " is on your "
-NAME = re.compile(f"(?:{'|'.join(routes.ADJECTIVES)}) ({'|'.join(CATEGORIES)})")
+NAME = re.compile(f"({'|'.join(CATEGORIES)}) (?:{'|'.join(routes.PROPER_NAMES)})")
 AROUND = ". You turn {turn}" + QUARTER + ": now it is on your "
 MEANINGS = ("straight ahead", "to the right and ahead", "to the right", "to the right and behind",
             "straight behind", "to the left and behind", "to the left", "to the left and ahead")
@@ -137,7 +137,7 @@ def phrases():
     for i in range(1, 42):
         pieces += [str(i), f"{i}: "]
     pieces += ["\nO_", "\nA_", "()", '{"', '": "', '", "', '"}', ", "]
-    pieces += [f"{word} " for word in routes.ADJECTIVES]
+    pieces += [f" {word}" for word in routes.PROPER_NAMES]
     pieces += CATEGORIES
     pieces += [virl.RETRY.format(reason=reason) for reason in virl.WRONG.values()]
     return [piece for piece in dict.fromkeys(pieces) if piece]
@@ -165,7 +165,15 @@ class Corpus:
         others = evaluated(milestones)
         self.env._routes = [route for route in own if told_by(route) not in others]
         if image_size:
+            self.env._routes = [self.moved(route) for route in self.env._routes]
             self.pictures._routes = self.env._routes
+
+    def moved(self, route):
+        """A share of the routes lies in other cities than the one that the task trains in."""
+        if self.rng.random() < self.data["elsewhere"]:
+            scene = replace(route.scene, city=self.rng.choice(routes.ELSEWHERE))
+            return replace(route, scene=scene)
+        return route
 
     def document(self):
         """A Document of one of the recipe's kinds, by their shares."""
@@ -180,7 +188,7 @@ class Corpus:
         names = {}
 
         def other(found):
-            names.setdefault(found[0], f"{self.rng.choice(routes.ADJECTIVES)} {found[1]}")
+            names.setdefault(found[0], self.name_of(found[1]))
             return names[found[0]]
 
         parts = [(NAME.sub(other, text), learned) for text, learned in document.parts]
@@ -398,10 +406,10 @@ class Corpus:
 
     # ------------------------------------------------------------ words
     def name(self):
-        return f"{self.rng.choice(routes.ADJECTIVES)} {self.rng.choice(CATEGORIES)}"
+        return self.name_of(self.rng.choice(CATEGORIES))
 
     def name_of(self, category):
-        return f"{self.rng.choice(routes.ADJECTIVES)} {category}"
+        return f"{category} {self.rng.choice(routes.PROPER_NAMES)}"
 
     def landmark(self):
         return LANDMARK.format(name=self.name(), side=self.rng.choice(routes.SIDES))
@@ -529,7 +537,7 @@ def probe_targets(observation):
         if diagonal:  # the right end of a view and the left end of the next
             shown = [3 * view + 2, 3 * ((view + 1) % 4)]
         for part in shown:
-            parts[part] = 1 + categories.index(name.split()[-1])
+            parts[part] = 1 + categories.index(name.split()[0])
     return [*parts, int(crossing)]
 
 

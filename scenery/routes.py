@@ -18,8 +18,8 @@ from scenery.styles import CATEGORIES, CITIES
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind",  # clockwise
          "behind", "left behind", "left", "left front")
-ADJECTIVES = ("Amber Blue Coral Crystal Golden Grand Happy Little Lucky Modern Olive Quiet Rapid "
-              "Royal Silver Sunny Urban Velvet Violet Young").split()
+PROPER_NAMES = ("Amber Apollo Atlas Aurora Coral Delta Fortuna Iris Juno Luna Lyra Nova Olive "
+                "Orion Regal Silva Tivoli Vega Vesta Victoria").split()
 TRAINED_ON, *ELSEWHERE = CITIES  # New York, and the eight other cities
 OTHER_CITIES = {"mini": tuple(CITIES), "cities": ELSEWHERE}  # for splits not in TRAINED_ON alone
 SPLITS = {"train": 1000, "seen": 48, "unseen": 200, "mini": 18, "cities": 200}  # routes in each
@@ -286,8 +286,8 @@ def make_route(split, index, milestones=(2, 8)):
     stops = _stops(points, headings)
 
     categories = chance.sample(CATEGORIES, len(CATEGORIES))
-    adjectives = chance.sample(ADJECTIVES, len(ADJECTIVES))
-    names = [(f"{word} {category}", category) for word, category in zip(adjectives, categories)]
+    words = chance.sample(PROPER_NAMES, len(PROPER_NAMES))
+    names = [(f"{category} {word}", category) for word, category in zip(words, categories)]
     texts, signs = _landmarks(chance, points, headings, stops, names)
     destination = signs[-1]
     signs += _off_route(chance, nodes, district.links, stops, names)
