@@ -67,9 +67,9 @@ def crossing(city):
         if node + 7 < 49:
             edges.append((node, node + 7))
     signs = [
-        Sign(-6, 9, "Golden Bakery", "Bakery"),
-        Sign(9, 8, "Blue Cafe", "Cafe"),
-        Sign(-8, -9, "Grand Hotel", "Hotel"),
+        Sign(-6, 9, "Bakery Aurora", "Bakery"),
+        Sign(9, 8, "Cafe Luna", "Cafe"),
+        Sign(-8, -9, "Hotel Regal", "Hotel"),
     ]
     return Scene(tuple(nodes), tuple(edges), signs, city, "docs")
 
