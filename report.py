@@ -26,7 +26,7 @@ A generated block stands between two comments. The first names the block and, as
     <!-- end -->
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
-of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
+of each seed; `sft: FOLDER` in these three: the training that stands for SFT, default sft), trainings (differences by seed, and those of an earlier training), grades (of the
 answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
 {title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve).
 """
@@ -252,14 +252,20 @@ def paper(name):
     return json.loads((ROOT / "results" / "paper.json").read_text(encoding="utf-8"))["rows"][name]
 
 
+def shown_arms(sft="sft"):
+    """{column: arm}, with the training that stands for SFT."""
+    return {**{arm: arm for arm in NAMES}, "sft": sft}
+
+
 def headline_block(fields, folder):
-    """Rule OOD of the four tasks, the paper's beside ours."""
+    """Rule OOD of the four tasks, the paper's beside ours. fields: {sft: {task: training}}."""
     body = []
     for label, (name, place) in HEADLINE.items():
         results = read(ROOT / "results" / f"{name}.json")
         task = label.split(",")[0]
         theirs = map(str, paper(f"{task} rule OOD").values())
-        ours = [value_text(results, place, arm, greedy=False) for arm in NAMES]
+        arms = shown_arms((fields or {}).get("sft", {}).get(task, "sft"))
+        ours = [value_text(results, place, arm, greedy=False) for arm in arms.values()]
         body.append([label, *ours, " / ".join(theirs)])
     return markdown(["rule OOD, %", *NAMES.values(), "paper (11B): Init / SFT / RL"], body)
 
@@ -267,6 +273,7 @@ def headline_block(fields, folder):
 def table_block(fields, folder):
     """The arms and their paired differences, a row per (split, variant, metric) or of the paper."""
     results = read(ROOT / fields["source"])
+    arms = shown_arms(fields.get("sft", "sft"))
     body = []
     for label, place in fields["rows"].items():
         cells = [label]
@@ -275,13 +282,13 @@ def table_block(fields, folder):
             cells += [f"{theirs[arm]:.1f}" for arm in NAMES]
             cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
         else:
-            cells += [value_text(results, place, arm) for arm in NAMES]
-            cells += [gap_text(results, place, pair) for pair in PAIRS]
+            cells += [value_text(results, place, arm) for arm in arms.values()]
+            cells += [gap_text(results, place, (arms[arm], arms[base])) for arm, base in PAIRS]
         body.append(cells)
-    compute = [f"{results.gflops[arm]:,.0f}" for arm in NAMES]
+    compute = [f"{results.gflops[arm]:,.0f}" for arm in arms.values()]
     body.append(["model GFLOPs", *compute, "", "", ""])
     if any(results.official_gflops.values()):
-        official = [f"{results.official_gflops[arm]:,.0f}" for arm in NAMES]
+        official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
         body.append(["GFLOPs as the official code counts", *official, "", "", ""])
     notes = [f"\nNote: {note}." for note in results.notes]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
@@ -306,14 +313,15 @@ def trainings_block(fields, folder):
 def seeds_block(fields, folder):
     """Of each arm and paired difference: all seeds together, their mean, each."""
     results = read(ROOT / fields["source"])
+    arms = shown_arms(fields.get("sft", "sft"))
     wanted = {"temperature": results.temperatures[0]}
     body = []
     for label, place in fields["rows"].items():
         rows = {}
         for arm, name in NAMES.items():
-            rows[name] = pick(results.table, place, arm=arm, **wanted)
+            rows[name] = pick(results.table, place, arm=arms[arm], **wanted)
         for pair in PAIRS:
-            rows[pair_name(pair)] = gap(results, place, pair)
+            rows[pair_name(pair)] = gap(results, place, [arms[arm] for arm in pair])
         for name, row in rows.items():
             estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
             interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"

@@ -2,8 +2,8 @@
 
     Init    where an arm began: ppo.init of an rl* folder's own config.yaml; of an sft* folder in
             which no PPO began, its sft.init, or else its step sft.init_step
-    sft*    at the compute of the PPO that began in it: the checkpoint of nearest model FLOPs. One
-            in which none began: at the compute of the first rl*; without any, the last
+    sft*    at the compute of the PPO that began where it did or in it: the checkpoint of nearest
+            model FLOPs. Without such PPO: at the compute of the first rl*; without any, the last
     rl*     the last checkpoint
 
 Several runs (seeds) are pooled: an arm is one checkpoint of each. Where one name would stand for
@@ -44,7 +44,7 @@ class Arm:
     name: str
     checkpoints: tuple  # one per run
     starts: list = field(default_factory=list)  # the Inits that it began from, if they are known
-    partner: "Arm | None" = None  # of PPO: SFT at its compute
+    partners: list = field(default_factory=list)  # of PPO: SFT from the same start, at its compute
 
 
 def trained_with(checkpoint):
@@ -133,14 +133,13 @@ class Comparison:
         return self.inits + self.sft + self.ppo
 
     def pairs(self):
-        """(arm, base) names: all with their starts; PPO with SFT at its compute, and with other PPO
+        """(arm, base) names: all with their starts; PPO with its SFT partners, and with other PPO
         from its start (where arms were chosen: with other PPO)."""
         found = []
         for arm in self.sft + self.ppo:
             found += product([arm], arm.starts)
         for arm in self.ppo:
-            if arm.partner:
-                found.append((arm, arm.partner))
+            found += product([arm], arm.partners)
         for earlier, later in combinations(self.ppo, 2):
             if self.chosen or (later.starts and later.starts == earlier.starts):
                 found.append((later, earlier))
@@ -158,19 +157,22 @@ class Comparison:
 
     # ------------------------------------------------------------ the arms
     def _add_ppo(self, training, sft):
-        """PPO, where it began, and the SFT that went on from there (else the plain one)."""
+        """PPO, where it began, and every SFT that went on from there (else the plain one)."""
         arm = Arm(training.name, training.last)
         self.ppo.append(arm)
         start = self._start_of_ppo(training)
         self._begin(arm, start)
         for source in sft:
-            if start and source.folder == start[0].parent:
-                arm.partner = self._add_sft(source, self._nearest(source, arm))
-                self._begin(arm.partner, start)
+            if start and (source.folder == start[0].parent or own_start(source) == start):
+                self._add_partner(arm, source, start)
         for source in sft:
-            if source.name == "sft" and arm.partner is None:
-                arm.partner = self._add_sft(source, self._nearest(source, arm))
-                self._begin(arm.partner, own_start(source))
+            if source.name == "sft" and not arm.partners:
+                self._add_partner(arm, source, own_start(source))
+
+    def _add_partner(self, arm, source, start):
+        partner = self._add_sft(source, self._nearest(source, arm))
+        self._begin(partner, start)
+        arm.partners.append(partner)
 
     def _add_sft_alone(self, training, init):
         """SFT in which no PPO began."""
@@ -254,9 +256,8 @@ def official_notes(comparison, official):
     Args: official: {arm: GFLOPs so counted, None if not known}.
     """
     notes = []
-    for arm in comparison.ppo:
-        sft = arm.partner
-        if sft is None or official[sft.name] is None or official[arm.name] is None:
+    for arm, sft in [pair for arm in comparison.ppo for pair in product([arm], arm.partners)]:
+        if official[sft.name] is None or official[arm.name] is None:
             continue
         spent, budget = official[sft.name], official[arm.name]
         share = spent / budget - 1
