@@ -499,6 +499,7 @@ def save_results(folder, settings, conversations, result):
 
 # ---------------------------------------------------------------- the command
 def main(arguments):
+    """Evaluate the arms that a configuration names. arguments: CONFIG.yaml [key=value ...]."""
     started = time.monotonic()
     cfg, raw, _ = load(arguments)
     e, out = cfg.eval, Path(cfg.run.dir)

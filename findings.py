@@ -161,6 +161,7 @@ def parse(arguments):
 
 
 def main(arguments):
+    """Run and judge the findings. arguments: of the command line, see above."""
     options, numbers, overrides = parse(arguments)
     suite = Suite(options.configs, options.quick, overrides)
     numbers = chosen(suite.findings, numbers)

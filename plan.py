@@ -353,6 +353,7 @@ def show(lines, indent="  "):
 
 
 def main(arguments):
+    """Print the plan of a configuration. arguments: CONFIG.yaml [key=value ...]."""
     cfg, _, _ = load(arguments)
     phases = budget(cfg)
     free = (cfg.model.memory - MARGIN) * GIB

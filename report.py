@@ -26,9 +26,10 @@ A generated block stands between two comments. The first names the block and, as
     <!-- end -->
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
-of each seed; `sft: FOLDER` in these three: the training that stands for SFT, default sft), trainings (differences by seed, and those of an earlier training), grades (of the
+of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
 answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
-{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve).
+{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve). In
+headline, table and seeds, `sft: FOLDER` names the training that stands for SFT, if not `sft`.
 """
 import argparse
 import json
@@ -563,6 +564,7 @@ def publish(path, target):
 
 
 def main(arguments):
+    """Show or publish an evaluation. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="CONFIG.yaml, FILE.json, folder of a run or suite")
     parser.add_argument("--publish", type=Path, metavar="FILE.json", help="keep the numbers there")

@@ -195,6 +195,7 @@ def start_policy(cfg, init):
 
 
 def main(arguments):
+    """Train with PPO, or go on. arguments: CONFIG.yaml [key=value ...]."""
     cfg, raw, overrides = load(arguments)
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]

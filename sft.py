@@ -67,6 +67,7 @@ def train_step(policy, optimizer, batch, sft):
 
 
 def main(arguments):
+    """Train on expert answers, or go on. arguments: CONFIG.yaml [key=value ...]."""
     cfg, raw, overrides = load(arguments)
     sft = cfg.sft
     env = make_env(cfg.env, sft.mistakes + 1)  # so that an episode outlives its mistakes

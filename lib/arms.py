@@ -256,7 +256,8 @@ def official_notes(comparison, official):
     Args: official: {arm: GFLOPs so counted, None if not known}.
     """
     notes = []
-    for arm, sft in [pair for arm in comparison.ppo for pair in product([arm], arm.partners)]:
+    pairs = [(arm, partner) for arm in comparison.ppo for partner in arm.partners]
+    for arm, sft in pairs:
         if official[sft.name] is None or official[arm.name] is None:
             continue
         spent, budget = official[sft.name], official[arm.name]

@@ -105,6 +105,7 @@ def steps_known(policy, rule, temperature):
 
 
 def main(arguments):
+    """Print the figures. arguments: CONFIG.yaml [key=value ...]."""
     cfg, _, overrides = load(arguments)
     attempts = cfg.eval.verify_iters
     env = make_env(cfg.env, attempts)

@@ -278,6 +278,7 @@ def change(recipe, keys, value):
 
 
 def main(path, *overrides):
+    """Train a backbone by a recipe. overrides: texts key=value."""
     recipe = yaml.safe_load(Path(path).read_text())
     for override in overrides:
         key, value = override.split("=", 1)

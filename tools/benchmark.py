@@ -189,6 +189,7 @@ def report(result):
 
 
 def main(arguments):
+    """Measure and print. arguments: of the command line, see above."""
     options = command_line(__doc__).parse_intermixed_args(arguments)
     cfg, raw, _ = load(options.settings)
     iteration = Iteration(new_policy(cfg), cfg)

@@ -197,6 +197,7 @@ def measure_all(log, name, cfg, options, device):
 
 
 def main(arguments):
+    """Measure and print. arguments: of the command line, see above."""
     parser = command_line(__doc__)
     parser.add_argument("--cap", type=float, default=24.0)
     parser.add_argument("--turns", type=int)

@@ -47,6 +47,7 @@ def read_mapping(path):
 
 
 def main(arguments):
+    """Write the CSV. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mapping", type=Path, help="gps_pano_mapping.pkl")
     parser.add_argument("pictures", type=Path, help="the folder of the panoramas, street_views")

@@ -137,6 +137,7 @@ def episode():
 
 
 def main():
+    """Draw all pictures into docs/."""
     for picture in (cards, tables, episode, cities, route):
         path = ROOT / "docs" / f"{picture.__name__}.png"
         picture().save(path, optimize=True)

@@ -45,6 +45,7 @@ def copied(folder):
 
 
 def main():
+    """Execute the notebook and keep its outputs."""
     import nbformat
 
     def save(notebook):

@@ -205,6 +205,7 @@ def malformed_files(rng):
 
 
 def main(arguments):
+    """Grade random answers. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("n", nargs="?", type=int, default=1_000_000, help="answers per environment")
     n = parser.parse_args(arguments).n

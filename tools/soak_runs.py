@@ -315,6 +315,7 @@ def soak_damages(place, count, rng):
 
 
 def main():
+    """Disturb runs in every way above."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     soaks = {"kills": (soak_kills, 50), "rivals": (soak_rivals, 20), "full": (soak_full, 20),
              "damages": (soak_damages, 100)}
