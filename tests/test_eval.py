@@ -1138,6 +1138,20 @@ def test_ppo_is_compared_with_the_sft_in_which_it_began(tmp_path):
     assert ("rl-x", "sft") not in found.pairs() and ("rl-x", "rl") not in found.pairs()
 
 
+def test_ppo_is_compared_with_every_sft_that_went_on_from_its_start(tmp_path):
+    """One that began elsewhere is compared with its own start alone."""
+    arms = {"sft": SFT, "sft-gentle": ([10, 39], 1), "sft-late": ([30], 1),
+            "rl": ([40], "sft/step_1")}
+    compare(tmp_path, arms)
+    for name, init in {"sft-gentle": "sft/step_1", "sft-late": "sft/step_5"}.items():
+        settings = {"sft": {"init_step": 1, "init": init}, "env": {}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = compare(tmp_path, {}).pairs()
+    assert {base for arm, base in found if arm == "rl"} == {"Init @ sft/step_1", "sft", "sft-gentle"}
+    assert ("sft-gentle", "Init @ sft/step_1") in found
+    assert ("sft-late", "Init @ sft/step_5") in found
+
+
 def test_ppo_that_began_in_another_run_leaves_sft_its_own_start(tmp_path):
     compare(tmp_path / "a", {"sft": SFT})
     arms = {"sft": SFT, "rl": ([40], "../a/sft/step_5")}

@@ -374,6 +374,18 @@ def test_table_block_says_what_a_reader_must_know(block, tmp_path):
     assert lines[-2:] == ["", "Note: sft has less."]
 
 
+def test_another_training_may_stand_for_sft(block, tmp_path):
+    """The same numbers under the name of a gentler SFT."""
+    wanted = "source: x.json\nrows:\n  ours: [all, ID, solved]\n"
+    before = {kind: block(f"{kind}\n{wanted}") for kind in ("table", "seeds")}
+    renamed = json.dumps(evaluation()).replace('"sft"', '"sft-gentle"')
+    (tmp_path / "x.json").write_text(renamed)
+    for kind, lines in before.items():
+        assert block(f"{kind}\nsft: sft-gentle\n{wanted}") == lines
+        with pytest.raises(UserError):
+            block(f"{kind}\n{wanted}")
+
+
 def test_trainings_block_by_hand(block):
     lines = block("trainings\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
     assert lines[2:] == [
