@@ -1147,7 +1147,8 @@ def test_ppo_is_compared_with_every_sft_that_went_on_from_its_start(tmp_path):
         settings = {"sft": {"init_step": 1, "init": init}, "env": {}}
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(settings))
     found = compare(tmp_path, {}).pairs()
-    assert {base for arm, base in found if arm == "rl"} == {"Init @ sft/step_1", "sft", "sft-gentle"}
+    bases = {base for arm, base in found if arm == "rl"}
+    assert bases == {"Init @ sft/step_1", "sft", "sft-gentle"}
     assert ("sft-gentle", "Init @ sft/step_1") in found
     assert ("sft-late", "Init @ sft/step_5") in found
 
