@@ -39,6 +39,8 @@ TINY = (
     "eval.curve_n=0",
     "eval.temperatures=[0.2]",
 )
+NAMES = re.compile(r"([A-Z]\w+ [A-Z]\w+) is on your")
+KINDS = re.compile(r"(\w+) \w+ is on your")
 REFERENCES = ("always forward", "copy the compass word", "copy the relative word", "blind")
 
 
@@ -145,30 +147,31 @@ def test_prompts_and_answers_are_short():
     found = stops(WORDS, 40, what="")
     prompts = [len(s.ids) for s in policy.encode([obs for _, obs in found])]
     answers = [len(ids) for ids in policy.encode_answers([env.expert() for env, _ in found])]
-    assert sum(prompts) / 40 < 100 and max(prompts) < 200 and sum(answers) / 40 < 22
+    assert sum(prompts) / 40 < 130 and max(prompts) < 250 and sum(answers) / 40 < 27
     assert max(answers) <= config.load([str(WORDS)])[0].model.max_new_tokens
 
 
 def test_answers_follow_the_street_views(eyes):
-    """Asked as the backbone was taught: the names on the way stay the same, the picture is that of
-    a place with a landmark, or another walk's without.
-    """
-    near, far = stops(VIEWS, 20), stops(VIEWS, 20, what=virl.NOTHING)
+    """Asked as the backbone was taught, what is seen is of the kind that the picture shows: with the
+    walk's own picture, and with another walk's (the names of both are given; who names one of
+    them without looking is right in 3 of 20)."""
+    near = stops(VIEWS, 20)
 
-    def reports(images):
+    def right_kinds(shift):
+        pictured = near[shift:] + near[:shift]
         asked = []
-        for (env, _), image in zip(near, images):
-            names = re.findall(r"([A-Z]\w+ [A-Z]\w+) is on your", " ".join(env.instructions))
-            on_the_way = corpus_virl.ON_THE_WAY.format(names=", ".join(names))
+        for (env, _), (other, obs) in zip(near, pictured):
+            names = NAMES.findall(" ".join(env.instructions + other.instructions))
+            on_the_way = corpus_virl.ON_THE_WAY.format(names=", ".join(dict.fromkeys(names)))
             request = f"{virl.PICTURE}{on_the_way}{corpus_virl.SEE}"
-            asked.append({"messages": [{"role": "user", "content": request}], "image": image})
+            message = {"role": "user", "content": request}
+            asked.append({"messages": [message], "image": obs["image"]})
         answers = eyes.sample(eyes.encode(asked), 0, torch.Generator())
-        return sum(bool(virl.sightings(eyes.decode(answer.ids))[0]) for answer in answers)
+        kinds = [KINDS.findall(eyes.decode(answer.ids))[:1] for answer in answers]
+        return sum(kind == KINDS.findall(env.expert())[:1]
+                   for kind, (env, _) in zip(kinds, pictured))
 
-    assert (
-        reports([obs["image"] for _, obs in near]) >= 15
-        and reports([obs["image"] for _, obs in far]) <= 5
-    )
+    assert right_kinds(0) >= 12 and right_kinds(1) >= 8
 
 
 def test_images_of_one_walk_are_scored_with_their_own_turns(eyes):
@@ -229,7 +232,7 @@ def test_backbone_reads_no_route_of_any_split_and_no_answer_of_the_task(n, image
         for key in virl.KEYS:
             assert f'"{key}"' not in document.text
         assert (document.image is not None) == bool(image_size)
-    assert shown > n / 4
+    assert shown > n / (8 if image_size else 4)
 
 
 def test_a_route_of_the_corpus_that_reads_like_one_of_the_task_is_left_out(monkeypatch):
