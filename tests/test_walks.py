@@ -152,9 +152,9 @@ def test_prompts_and_answers_are_short():
 
 
 def test_answers_follow_the_street_views(eyes):
-    """Asked as the backbone was taught, what is seen is of the kind that the picture shows: with the
-    walk's own picture, and with another walk's (the names of both are given; who names one of
-    them without looking is right in 3 of 20)."""
+    """Asked as the backbone was taught, what is seen is of the kind that the picture shows: with
+    the walk's own picture, and with another walk's (the names of both are given; who names one
+    of them without looking is right in 3 of 20)."""
     near = stops(VIEWS, 20)
 
     def right_kinds(shift):
