@@ -29,7 +29,8 @@ Blocks: headline (rule OOD of all four tasks), table (arms and paired difference
 of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
 answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
 {title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve). In
-headline, table and seeds, `sft: FOLDER` names the training that stands for SFT, if not `sft`.
+headline, table and seeds, `sft: FOLDER` names the training that stands for SFT, if not `sft`; in
+figure, frontier and gaps, `without: [FOLDER]` leaves trainings out.
 """
 import argparse
 import json
@@ -291,8 +292,14 @@ def table_block(fields, folder):
     if any(results.official_gflops.values()):
         official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
         body.append(["GFLOPs as the official code counts", *official, "", "", ""])
-    notes = [f"\nNote: {note}." for note in results.notes]
+    notes = [f"\nNote: {note}." for note in results.notes if concerns(note, arms.values())]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
+
+
+def concerns(note, arms):
+    """Whether a note on compute is about one of the arms shown; other notes concern all."""
+    spent = re.search(r"not at equal compute.*?: ([^/]*)/step_", note)
+    return spent is None or spent[1] in arms
 
 
 def trainings_block(fields, folder):
@@ -364,11 +371,22 @@ def figure_block(fields, folder):
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
+def read_curves(source, fields):
+    """The results in a file, less the curves of trainings that a block leaves out."""
+    results = read(ROOT / source)
+    left_out = fields.get("without", [])
+    for arms in results.curves.values():
+        for arm in left_out:
+            arms.pop(arm, None)
+    results.frontier = [row for row in results.frontier if row["base"] not in left_out]
+    return results
+
+
 def panels_of(fields):
     """The Panels of a frontier block."""
     panels = []
     for title, source in fields["sources"].items():
-        results = read(ROOT / source)
+        results = read_curves(source, fields)
         for variant in list(results.variants)[1:]:
             if variant in fields.get("variants", results.variants):
                 panels.append(Panel(title, results, variant))
@@ -388,7 +406,7 @@ def frontier_block(fields, folder):
 
 def gaps_block(fields, folder):
     """How far PPO lies above each SFT training's curve."""
-    head, *body = gap_rows(read(ROOT / fields["source"]))
+    head, *body = gap_rows(read_curves(fields["source"], fields))
     return markdown(head, body)
 
 
@@ -423,7 +441,7 @@ def write_documents():
         for kind, written, _ in BLOCK.findall(new):
             fields = yaml.safe_load(written)
             if kind == "figure":
-                draw(read(ROOT / fields["source"]), ROOT / fields["image"])
+                draw(read_curves(fields["source"], fields), ROOT / fields["image"])
             elif kind == "frontier":
                 draw_frontier(panels_of(fields), ROOT / fields["image"])
             else:
