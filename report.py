@@ -292,14 +292,15 @@ def table_block(fields, folder):
     if any(results.official_gflops.values()):
         official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
         body.append(["GFLOPs as the official code counts", *official, "", "", ""])
-    notes = [f"\nNote: {note}." for note in results.notes if concerns(note, arms.values())]
+    others = set(results.gflops) - set(arms.values())
+    notes = [f"\nNote: {note}." for note in results.notes if not names_one(note, others)]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
 
 
-def concerns(note, arms):
-    """Whether a note on compute is about one of the arms shown; other notes concern all."""
-    spent = re.search(r"not at equal compute.*?: ([^/]*)/step_", note)
-    return spent is None or spent[1] in arms
+def names_one(note, arms):
+    """Whether a note speaks of one of some arms."""
+    words = re.findall(r"[\w=.-]+", note)
+    return not arms.isdisjoint(words)
 
 
 def trainings_block(fields, folder):

@@ -183,8 +183,8 @@ class Corpus:
         return self.renamed(document) if self.pictures else document
 
     def renamed(self, document):
-        """The same with other first names of its landmarks. Pictures show the kind of a shop alone:
-        its name is to be found in the text, not learned with the place."""
+        """The same with other proper names of its landmarks. Pictures show the kind of a shop
+        alone: its name is to be found in the text, not learned with the place."""
         names = {}
 
         def other(found):

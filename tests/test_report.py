@@ -433,9 +433,10 @@ def test_frontier_blocks_by_hand(block, tmp_path):
 
 
 def test_a_block_leaves_trainings_out(block, tmp_path):
-    """Of curves and gaps; a note on the compute of an arm that a table does not show, too."""
-    notes = ["not at equal compute in a: sft-x/step_9 has less", "x was trained on what is played"]
-    results = evaluation(curves=PATHS, frontier=[ABOVE], notes=notes)
+    """Of curves and gaps; a table the notes on arms that it does not show."""
+    gflops = {"Init": 10, "sft": 40, "rl": 50, "sft-x.y=1e-3": 40}
+    notes = ["in a: sft-x.y=1e-3/step_9 has less than rl/step_8", "in a: sft/step_9 has less"]
+    results = evaluation(curves=PATHS, frontier=[ABOVE], notes=notes, gflops=gflops)
     (tmp_path / "x.json").write_text(json.dumps(results))
     assert len(block("gaps\nsource: x.json\n")) == 3
     assert len(block("gaps\nsource: x.json\nwithout: [sft-sft.lr=2.0e-4]\n")) == 2
@@ -444,7 +445,7 @@ def test_a_block_leaves_trainings_out(block, tmp_path):
         for arms in panel.results.curves.values():
             assert "sft-sft.lr=2.0e-4" not in arms and "Init" in arms
     lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
-    assert lines[-1] == "Note: x was trained on what is played." and "sft-x" not in str(lines)
+    assert lines[-1] == "Note: in a: sft/step_9 has less." and "sft-x" not in str(lines)
 
 
 def test_unknown_row_is_a_user_error(block):

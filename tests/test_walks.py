@@ -325,7 +325,7 @@ def test_turns_and_sides_are_told_right(any_route):
 
 
 def test_pictures_are_shown_again_under_other_names(any_route):
-    """What a picture shows is asked for with new first names each time, the same in question and
+    """What a picture shows is asked for with new proper names each time, the same in question and
     answer; of a fair it is what was drawn, turned with the one who looks."""
     corpus = reader([224, 224], routes=3, pictures=2, documents={"look": 1, "fair": 1})
     met = {}
