@@ -133,7 +133,8 @@ def test_whatever_was_written_by_others_stays_text(written):
     save_findings(written.folder, {EVIL: finding(name=EVIL, verdict=EVIL, notes=[EVIL])})
     found = written(*lines, notes=[EVIL], commit=EVIL)
     assert len(found.all("script")) == 1 and not found.all("script")[0]
-    assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
+    sources = [image["src"] for image in found.all("img")]
+    assert all(re.match("data:image/(webp|png);base64,", source) for source in sources)
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert found.text.count('<script>alert("x")</script>') >= 5  # answer, verifier, note, names ..
     assert list(json.loads(found.conversations[0]["data-solved"]))[0].startswith("</pre>")

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import report
+from lib import documents
 from lib.settings import UserError
 
 VARIANTS = ("ID", "rule OOD")
@@ -224,19 +225,23 @@ def test_evaluation_of_an_older_version_is_a_user_error(tmp_path):
 
 # ---------------------------------------------------------------- figures
 def drawn(show, monkeypatch, **changes):
-    """The two pictures: over compute, and the frontier."""
-    import matplotlib.pyplot as plt
+    """The Figures of the pictures written: {file name: Figure}."""
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(plt, "close", lambda figure: None)
+    figures, save = {}, Figure.savefig
+
+    def remember(figure, path, **given):
+        figures[path.name] = figure
+        save(figure, path, **given)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
     show(**{"curves": evaluation()["curves"], **changes})
-    figure, frontier = [plt.figure(number) for number in plt.get_fignums()]
     monkeypatch.undo()
-    plt.close("all")
-    return figure, frontier
+    return figures
 
 
 def test_figure_shows_success_against_compute_and_recognition(show, monkeypatch):
-    axes = drawn(show, monkeypatch)[0].axes
+    axes = drawn(show, monkeypatch)["evaluation.png"].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == ["ID\nsuccess % (T = 0.2)", "", "rule OOD\nsuccess % (T = 0.2)", ""]
     curves = {
@@ -261,7 +266,7 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
     names += [f"rl-x={i}" for i in range(5)]
     points = evaluation()["curves"]["ID"]["rl"]
     curves = dict.fromkeys(VARIANTS, dict.fromkeys(names, points))
-    figure, _ = drawn(show, monkeypatch, curves=curves)
+    figure = drawn(show, monkeypatch, curves=curves)["evaluation.png"]
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == [*names[:2], "SFT", "RL", *names[4:]]
     assert len({line.get_color() for line in lines}) == len(names)
@@ -272,14 +277,39 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
 
 def test_figure_without_recognition_has_one_column(show, monkeypatch):
     reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
-    axes = drawn(show, monkeypatch, reports=reports)[0].axes
+    axes = drawn(show, monkeypatch, reports=reports)["evaluation.png"].axes
     labels = [axis.get_ylabel() for axis in axes]
     assert labels == [f"{variant}\nper-step accuracy % (T = 0.2)" for variant in VARIANTS]
 
 
-def test_no_curves_no_figure(show):
-    assert ".png" not in show(curves=dict.fromkeys(VARIANTS, {}))
-    assert not (show.folder / "evaluation.png").exists()
+def test_without_curves_the_figures_of_the_table_are_drawn(show):
+    printed = show(curves=dict.fromkeys(VARIANTS, {}))
+    assert sorted(re.findall(r"(\w+\.png)", printed)) == ["bars.png", "growth.png"]
+    assert sorted(path.name for path in show.folder.glob("*.png")) == ["bars.png", "growth.png"]
+
+
+def test_bars_by_hand(show, monkeypatch):
+    """Arms from top to bottom, of the leading temperature alone; reference policies have none."""
+    first, second = drawn(show, monkeypatch)["bars.png"].axes
+    assert [axis.get_title() for axis in (first, second)] == list(VARIANTS)
+    assert first.get_xlabel() == "success % (T = 0.2)"
+    bars = {bar.get_y() + bar.get_height() / 2: bar.get_width() for bar in first.patches}
+    assert bars == {2: 60, 1: 80, 0: 65}
+    names = [label.get_text() for label in first.get_yticklabels()]
+    assert dict(zip(first.get_yticks(), names)) == {2: "Init", 1: "SFT", 0: "RL"}
+    lines = [line.get_xydata().tolist() for line in first.lines]
+    assert lines[:2] == [[[50, 2], [70, 2]], [[55, 2], [64, 2]]]  # the interval, the seeds
+
+
+def test_growth_by_hand(show, monkeypatch):
+    """Gains over Init out of distribution against in it, a cross of intervals; not RL - SFT."""
+    (axis,) = drawn(show, monkeypatch)["growth.png"].axes
+    assert axis.get_ylabel() == "rule OOD: points above Init"
+    crosses = [line.get_xydata().tolist() for line in axis.lines[:8]]
+    assert crosses[:4] == [[[17, 20], [24.5, 20]], [[20, 17], [20, 24.5]], [[20, 20]],
+                           [[19, 19], [22, 22]]]
+    assert crosses[6:] == [[[5, 5]], [[4, 4], [7, 7]]]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["SFT", "RL"]
 
 
 # ---------------------------------------------------------------- the frontier
@@ -311,7 +341,7 @@ ABOVE = {
 
 def test_frontier_by_hand(show, monkeypatch):
     """OOD against ID: all seeds together, then each of them; the last point again, large."""
-    _, figure = drawn(show, monkeypatch, curves=PATHS)
+    figure = drawn(show, monkeypatch, curves=PATHS)["frontier.png"]
     (axis,) = figure.axes
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("ID: success %", "rule OOD: success %")
     lines = [line.get_xydata().tolist() for line in axis.lines]
@@ -336,7 +366,7 @@ def test_gaps_by_hand(show):
 @pytest.fixture
 def block(tmp_path, monkeypatch):
     """The lines that `regenerate` writes into a block whose results are those written by hand."""
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
     (tmp_path / "x.json").write_text(json.dumps(evaluation()))
     (tmp_path / "results").mkdir()
     rows = {"GP-L rule OOD": {"Init": 11.5, "sft": 3.4, "rl": 15.0}}
@@ -344,11 +374,11 @@ def block(tmp_path, monkeypatch):
 
     def written(marker):
         text = f"before\n<!-- {marker}-->\nold\n<!-- end -->\nafter"
-        new = report.regenerate(text, tmp_path / "docs")
+        new = documents.regenerate(text, tmp_path / "docs")
         assert new.startswith(f"before\n<!-- {marker}-->\n\n") and new.endswith(
             "\n\n<!-- end -->\nafter"
         )
-        assert report.regenerate(new, tmp_path / "docs") == new
+        assert documents.regenerate(new, tmp_path / "docs") == new
         return new.splitlines()[marker.count("\n") + 3 : -3]
 
     return written
@@ -441,7 +471,7 @@ def test_a_block_leaves_trainings_out(block, tmp_path):
     assert len(block("gaps\nsource: x.json\n")) == 3
     assert len(block("gaps\nsource: x.json\nwithout: [sft-sft.lr=2.0e-4]\n")) == 2
     fields = {"sources": {"A": "x.json"}, "without": ["sft-sft.lr=2.0e-4"]}
-    for panel in report.panels_of(fields):
+    for panel in documents.panels_of(fields):
         for arms in panel.results.curves.values():
             assert "sft-sft.lr=2.0e-4" not in arms and "Init" in arms
     lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
@@ -453,11 +483,11 @@ def test_unknown_row_is_a_user_error(block):
         block("table\nsource: x.json\nrows:\n  x: [all, sideways, solved]\n")
 
 
-@pytest.mark.parametrize("path", report.documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents.documents(), ids=lambda path: path.name)
 def test_documents_are_what_the_results_say(path):
     text = path.read_text(encoding="utf-8")
-    assert report.regenerate(text, path.parent) == text
-    assert len(report.BLOCK.findall(text)) == text.count("<!-- end -->")  # no marker misspelt
+    assert documents.regenerate(text, path.parent) == text
+    assert len(documents.BLOCK.findall(text)) == text.count("<!-- end -->")  # no marker misspelt
 
 
 def test_documents_command_writes_text_and_figures(block, tmp_path, capsys):

@@ -29,6 +29,8 @@ PURE = (
     "lib.jobs",
     "lib.conversations",
     "lib.curves",
+    "lib.documents",
+    "lib.figures",
     "lib.page",
     "lib.tables",
     "lib.verdict_table",

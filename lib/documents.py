@@ -1,0 +1,290 @@
+"""Blocks of README.md and docs/*.md that are generated from results/*.json. No torch.
+
+A generated block stands between two comments. The first names the block and, as YAML, its fields:
+
+    <!-- table
+    source: results/gp_l_mini.json
+    rows:
+      rule OOD: [all, rule OOD, solved]         # label: [split, variant, metric]
+      rule OOD, paper: GP-L rule OOD            # label: row of results/paper.json
+    -->
+    ... (written here) ...
+    <!-- end -->
+
+Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
+of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
+answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
+{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve). In
+headline, table and seeds, `sft: FOLDER` names the training that stands for SFT, if not `sft`; in
+figure, frontier and gaps, `without: [FOLDER]` leaves trainings out.
+"""
+import json
+import os
+import re
+from itertools import product
+from types import SimpleNamespace
+
+import yaml
+
+from lib.figures import Panel, draw_compute, draw_frontier
+from lib.results import read
+from lib.runs import write_atomic
+from lib.settings import ROOT, UserError
+from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
+
+PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
+HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
+    "GP-L, success": ("gp_l_mini", ["all", "rule OOD", "solved"]),
+    "GP-VL, success": ("gp_vl_mini", ["all", "rule OOD", "solved"]),
+    "V-IRL-L, per step": ("virl_l_mini", ["unseen", "rule OOD", "per_step"]),
+    "V-IRL-VL, per step": ("virl_vl_mini", ["unseen", "rule OOD", "per_step"]),
+}
+
+
+def pick(rows, place, **wanted):
+    """The row at a place [split, variant, metric] that has what is wanted.
+
+    Raises: UserError if there is none.
+    """
+    split, variant, metric = place
+    wanted.update(split=split, variant=variant)
+    for row in rows:
+        if wanted.items() <= row.items() and metric in row["metrics"]:
+            return row
+    raise UserError(f"no {metric} of {wanted}")
+
+
+def markdown(head, body):
+    """A Markdown table of lists of texts."""
+    ruler = ["---"] * len(head)
+    return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *body)]
+
+
+def value_text(results, place, arm, greedy=True):
+    """An arm's value with half its interval, and the greedy one in brackets if that was played."""
+    estimate = arm_value(results, place, arm, results.temperatures[0])
+    text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
+    if greedy and 0 in results.temperatures[1:]:
+        text += f" ({arm_value(results, place, arm, 0).value:.1f})"
+    return text
+
+
+def arm_value(results, place, arm, temperature):
+    """The Estimate of an arm."""
+    return pick(results.table, place, arm=arm, temperature=temperature)["metrics"][place[-1]]
+
+
+def gap(results, place, pair):
+    """The row of a paired difference, at the first temperature."""
+    arm, base = pair
+    wanted = {"arm": arm, "base": base, "temperature": results.temperatures[0]}
+    return pick(results.differences, place, **wanted)
+
+
+def gap_text(results, place, pair):
+    return signed_text(gap(results, place, pair)["metrics"][place[-1]])
+
+
+def pair_name(pair):
+    return " - ".join(NAMES[arm] for arm in pair)
+
+
+def paper(name):
+    """{arm: value} of a row of the paper's results."""
+    return json.loads((ROOT / "results" / "paper.json").read_text(encoding="utf-8"))["rows"][name]
+
+
+def shown_arms(sft="sft"):
+    """{column: arm}, with the training that stands for SFT."""
+    return {**{arm: arm for arm in NAMES}, "sft": sft}
+
+
+def headline_block(fields, folder):
+    """Rule OOD of the four tasks, the paper's beside ours. fields: {sft: {task: training}}."""
+    body = []
+    for label, (name, place) in HEADLINE.items():
+        results = read(ROOT / "results" / f"{name}.json")
+        task = label.split(",")[0]
+        theirs = map(str, paper(f"{task} rule OOD").values())
+        arms = shown_arms((fields or {}).get("sft", {}).get(task, "sft"))
+        ours = [value_text(results, place, arm, greedy=False) for arm in arms.values()]
+        body.append([label, *ours, " / ".join(theirs)])
+    return markdown(["rule OOD, %", *NAMES.values(), "paper (11B): Init / SFT / RL"], body)
+
+
+def table_block(fields, folder):
+    """The arms and their paired differences, a row per (split, variant, metric) or of the paper."""
+    results = read(ROOT / fields["source"])
+    arms = shown_arms(fields.get("sft", "sft"))
+    body = []
+    for label, place in fields["rows"].items():
+        cells = [label]
+        if isinstance(place, str):
+            theirs = paper(place)
+            cells += [f"{theirs[arm]:.1f}" for arm in NAMES]
+            cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
+        else:
+            cells += [value_text(results, place, arm) for arm in arms.values()]
+            cells += [gap_text(results, place, (arms[arm], arms[base])) for arm, base in PAIRS]
+        body.append(cells)
+    compute = [f"{results.gflops[arm]:,.0f}" for arm in arms.values()]
+    body.append(["model GFLOPs", *compute, "", "", ""])
+    if any(results.official_gflops.values()):
+        official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
+        body.append(["GFLOPs as the official code counts", *official, "", "", ""])
+    others = set(results.gflops) - set(arms.values())
+    notes = [f"\nNote: {note}." for note in results.notes if not names_one(note, others)]
+    return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
+
+
+def names_one(note, arms):
+    """Whether a note speaks of one of some arms."""
+    words = re.findall(r"[\w=.-]+", note)
+    return not arms.isdisjoint(words)
+
+
+def trainings_block(fields, folder):
+    """How far trainings differ: differences by seed, then those of the earlier training."""
+    now = read(ROOT / fields["source"])
+    before = SimpleNamespace(**{**vars(now), **now.earlier})
+    body = []
+    for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
+        cells = [f"{label}: {pair_name(pair)}"]
+        for training in (now, before):
+            each = gap(training, place, pair)["per_seed"][place[-1]]
+            by_seed = ", ".join(f"{value:+.1f}" for value in each)
+            cells += [gap_text(training, place, pair), by_seed or "not kept"]
+        body.append(cells)
+    seeds = "seeds " + ", ".join(map(str, now.seeds))
+    return markdown(["points", "this training", seeds, "earlier training", seeds], body)
+
+
+def seeds_block(fields, folder):
+    """Of each arm and paired difference: all seeds together, their mean, each."""
+    results = read(ROOT / fields["source"])
+    arms = shown_arms(fields.get("sft", "sft"))
+    wanted = {"temperature": results.temperatures[0]}
+    body = []
+    for label, place in fields["rows"].items():
+        rows = {}
+        for arm, name in NAMES.items():
+            rows[name] = pick(results.table, place, arm=arms[arm], **wanted)
+        for pair in PAIRS:
+            rows[pair_name(pair)] = gap(results, place, [arms[arm] for arm in pair])
+        for name, row in rows.items():
+            estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
+            interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
+            by_seed = ["-" if one is None else f"{one:.1f}" for one in each]
+            body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed)])
+    seeds = "seeds " + ", ".join(map(str, results.seeds))
+    return markdown(["% or points", "all together", "mean of seeds", seeds], body)
+
+
+def grades_block(fields, folder):
+    """How the arms' answers were graded, of first attempts and of retries."""
+    head, *body = grade_rows(read(ROOT / fields["source"]), fields["split"])
+    return markdown(head, body)
+
+
+def grid_block(fields, folder):
+    """Arms against variants: the first metric, the second in brackets."""
+    results = read(ROOT / fields["source"])
+    first, second = fields["metrics"]
+    body = []
+    for label, arm in fields["rows"].items():
+        cells = [label]
+        for variant in results.variants:
+            place, temperature = [fields["split"], variant], results.temperatures[0]
+            a = arm_value(results, [*place, first], arm, temperature)
+            b = arm_value(results, [*place, second], arm, temperature)
+            cells.append(f"{a.value:.0f} ({b.value:.0f})")
+        body.append(cells)
+    return markdown([fields["head"], *results.variants], body)
+
+
+def figure_block(fields, folder):
+    """A picture of the curves and how many episodes are behind it."""
+    results = read(ROOT / fields["source"])
+    link = os.path.relpath(ROOT / fields["image"], folder)
+    unit, n = fields["unit"], next(iter(results.splits.values()))
+    caption = (f"{fields['title']}, {len(results.seeds)} seeds. In the picture each seed and "
+               f"point has {results.curve_n} {unit} (bands: 95 %), in the tables {n}.")
+    return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
+
+
+def read_curves(source, fields):
+    """The results in a file, less the curves of trainings that a block leaves out."""
+    results = read(ROOT / source)
+    left_out = fields.get("without", [])
+    for arms in results.curves.values():
+        for arm in left_out:
+            arms.pop(arm, None)
+    results.frontier = [row for row in results.frontier if row["base"] not in left_out]
+    return results
+
+
+def panels_of(fields):
+    """The Panels of a frontier block."""
+    panels = []
+    for title, source in fields["sources"].items():
+        results = read_curves(source, fields)
+        for variant in list(results.variants)[1:]:
+            if variant in fields.get("variants", results.variants):
+                panels.append(Panel(title, results, variant))
+    return panels
+
+
+def frontier_block(fields, folder):
+    """A picture of variants against the trained one, and how many episodes are behind it."""
+    link = os.path.relpath(ROOT / fields["image"], folder)
+    behind = {panel.title: panel.results for panel in panels_of(fields)}
+    sizes = [f"{title}: {len(results.seeds)} seeds, {results.curve_n} episodes per seed and point"
+             for title, results in behind.items()]
+    caption = (f"*{fields['title']}. Thick: all seeds, thin: each of them; the star is Init, the "
+               f"last checkpoint is large. {'; '.join(sizes)}.*")
+    return [f"![{fields['title']}]({link})", "", caption]
+
+
+def gaps_block(fields, folder):
+    """How far PPO lies above each SFT training's curve."""
+    head, *body = gap_rows(read_curves(fields["source"], fields))
+    return markdown(head, body)
+
+
+BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
+          "table": table_block, "trainings": trainings_block, "seeds": seeds_block,
+          "grades": grades_block, "grid": grid_block, "figure": figure_block}
+BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def regenerate(text, folder):
+    """A document's text with its generated blocks written anew; `folder` is where it lies."""
+    def write(block):
+        kind, written, _ = block.groups()
+        lines = BLOCKS[kind](yaml.safe_load(written), folder)
+        return "\n".join([f"<!-- {kind}{written}-->", "", *lines, "", "<!-- end -->"])
+
+    return BLOCK.sub(write, text)
+
+
+def documents():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def write_documents():
+    """Rewrite the blocks of all documents and redraw the figures they show."""
+    for document in documents():
+        old = document.read_text(encoding="utf-8")
+        new = regenerate(old, document.parent)
+        if new != old:
+            write_atomic(document, new)
+            print(f"written: {document.relative_to(ROOT)}")
+        for kind, written, _ in BLOCK.findall(new):
+            fields = yaml.safe_load(written)
+            if kind == "figure":
+                draw_compute(read_curves(fields["source"], fields), ROOT / fields["image"])
+            elif kind == "frontier":
+                draw_frontier(panels_of(fields), ROOT / fields["image"])
+            else:
+                continue
+            print(f"drawn: {fields['image']}")
