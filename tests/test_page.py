@@ -208,7 +208,7 @@ def test_settings_are_compared_with_the_nearest_shipped_ones(tmp_path):
     assert shipped == "configs/mini/gp_vl.yaml"
     assert rows == [
         {"key": "env.rule", "shipped": "ten", "here": "face", "names": ["a", "b"]},
-        {"key": "ppo.clip", "shipped": "0.1", "here": "0.3", "names": ["b"]},
+        {"key": "ppo.clip", "shipped": "0.2", "here": "0.3", "names": ["b"]},
     ]
     assert page.changed_settings({}) == ("", [])
 
