@@ -3,6 +3,7 @@
 A family is a class with
 
     parts                               {part: pattern of its parameters' names}, for model.tune
+    parts_in_float32                    those that float16 may overflow, if there are any
     text_model                          the module that reads text and returns hidden states
     image_token                         id of the token that stands for an image in a prompt
     expand_image_tokens(ids, image)     prompt ids with as many image tokens as the image takes
@@ -52,12 +53,13 @@ class CrossAttention:
     parts = {"language": "model.language_model|lm_head",
              "projector": "model.multi_modal_projector",
              "vision": "model.vision_model"}
+    parts_in_float32 = ("projector", "vision")
 
     def __init__(self, base, image_processor):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
-        self.dtype = base.dtype
+        self.dtype = base.dtype  # of the text
         self.image_token = base.config.image_token_index
 
     def expand_image_tokens(self, ids, image):
@@ -79,10 +81,11 @@ class CrossAttention:
         pixels = self._pixels(images)
         tiles = pixels["aspect_ratio_mask"].sum((1, 2)).tolist()
         pixels = pixels.to(self.model.device)
-        tower = self.model.vision_model(pixel_values=pixels["pixel_values"].to(self.dtype),
-                                        aspect_ratio_ids=pixels["aspect_ratio_ids"],
-                                        aspect_ratio_mask=pixels["aspect_ratio_mask"])
-        states = self.model.multi_modal_projector(tower.last_hidden_state)
+        tower = self.model.vision_model
+        seen = tower(pixel_values=pixels["pixel_values"].to(tower.dtype),
+                     aspect_ratio_ids=pixels["aspect_ratio_ids"],
+                     aspect_ratio_mask=pixels["aspect_ratio_mask"])
+        states = self.model.multi_modal_projector(seen.last_hidden_state).to(self.dtype)
         states = states.squeeze(1)  # (B, 1, tiles, patches, C) -> (B, tiles, patches, C)
         return [(state[:used].clone(),) for state, used in zip(states, tiles)]
 
@@ -119,11 +122,13 @@ class Inline:
     parts = {"language": "model.language_model|lm_head",
              "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
+    parts_in_float32 = ("projector", "vision")
 
     def __init__(self, base, image_processor):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
+        self.dtype = base.dtype  # of the text
         self.image_token = base.config.image_token_id
         self.patches_per_token = image_processor.merge_size ** 2
 
@@ -148,11 +153,12 @@ class Inline:
         out = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"],
                                             return_dict=True)
         sizes = [len(embeddings) for embeddings in out.pooler_output]
-        deeper = []
+        layers = [out.pooler_output]
         for layer in getattr(out, "deepstack_features", ()):
             # one tensor in transformers 5.17, already split by image in 5.23
-            deeper.append(layer.split(sizes) if torch.is_tensor(layer) else layer)
-        return list(zip(out.pooler_output, grids, *deeper))
+            layers.append(layer.split(sizes) if torch.is_tensor(layer) else layer)
+        embeddings, *deeper = [[each.to(self.dtype) for each in layer] for layer in layers]
+        return list(zip(embeddings, grids, *deeper))
 
     def count_patches(self, features):
         grid = features[1]  # (3,)

@@ -1,8 +1,10 @@
 """The frozen base model, loaded through the Auto classes, in 4 bits if asked."""
 import os
+import re
 from typing import NamedTuple
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -27,7 +29,7 @@ def load_base(model, device):
     """Tokenizer, image processor, base model and family of cfg.model.
 
     Raises: UserError for a model that is missing, gated, damaged or of an unknown family, and for a
-        card without bfloat16.
+        card that does not compute in model.dtype.
     """
     _check_folders(model)
     _check_dtype(model, device)
@@ -42,7 +44,22 @@ def load_base(model, device):
             # bitsandbytes would repack the weights for AVX512 at the first eval forward and then
             # pass no gradient back
             module.support_avx512bf16_for_cpu = False
+    if model.dtype == "float16":
+        _widen(loaded.base, loaded.family)
     return loaded
+
+
+def _widen(base, family):
+    """Give float32 to those parts of a float16 model whose numbers may exceed its 65504."""
+    parts = getattr(family, "parts_in_float32", ())
+    for name, module in base.named_modules():
+        if not any(re.match(family.parts[part], name) for part in parts):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():  # not those in 4 bits
+                parameter.data = parameter.data.float()
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
 
 
 def _load(model, device):
@@ -106,13 +123,17 @@ def _check_folders(model):
 
 
 def _check_dtype(model, device):
-    """Raises: UserError if the card lacks bfloat16, which PyTorch would emulate, slowly."""
-    if device.type != "cuda" or model.dtype != "bfloat16":
+    """Raises: UserError if the card lacks these 16 bits, which PyTorch would emulate, slowly."""
+    if device.type != "cuda" or model.dtype == "float32":
         return
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"model.dtype=bfloat16, but {torch.cuda.get_device_name(device)} does not "
-                        "compute in it; use model.dtype=float32 (python plan.py CONFIG "
-                        "model.dtype=float32 shows whether it fits)")
+    has_float16 = torch.cuda.get_device_capability(device) >= (5, 3)
+    has = {"float16": has_float16,
+           "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}
+    if not has[model.dtype]:
+        other = "float16" if has_float16 else "float32"
+        raise UserError(f"model.dtype={model.dtype}, but {torch.cuda.get_device_name(device)} does "
+                        f"not compute in it; use model.dtype={other} (python plan.py CONFIG "
+                        f"model.dtype={other} shows whether it fits)")
 
 
 def _unavailable(path, error):
