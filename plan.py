@@ -59,7 +59,7 @@ class MetaPolicy(Policy):
                     "gradient_checkpointing": True}
         with init_empty_weights():
             super().__init__(SimpleNamespace(**settings), lora, value_hidden)
-        self.weights = self._bytes_of_weights(model.dtype)
+        self.weights = self._bytes_of_weights()
         self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
         self.end_tokens = torch.tensor([-1])  # no answer ends early
         self.sample_tokens = 10**9  # one batch
@@ -69,7 +69,7 @@ class MetaPolicy(Policy):
                                *self.value_head.parameters()])
         self.counted = {}
 
-    def _bytes_of_weights(self, dtype):
+    def _bytes_of_weights(self):
         patterns = {"lm_head": "lm_head", "embeddings": ".*embed_tokens", **self.family.parts,
                     "rest": ""}
         sizes = {}
@@ -78,7 +78,8 @@ class MetaPolicy(Policy):
                 continue
             part = next(part for part, pattern in patterns.items() if re.match(pattern, name))
             in_4bit = isinstance(weight, Params4bit)
-            kind = f"{part}, nf4" if in_4bit else f"{part}, {dtype}"
+            precision = "nf4" if in_4bit else str(weight.dtype).removeprefix("torch.")
+            kind = f"{part}, {precision}"
             size = nf4_bytes(weight.numel()) if in_4bit else weight.nbytes
             sizes[kind] = sizes.get(kind, 0) + size
         return sizes

@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lib import head
+
 aten = torch.ops.aten
 
 
@@ -128,8 +130,10 @@ def _tensors(values):
 @contextmanager
 def meta_kernels():
     """Inside, attention is fused as on a CPU or GPU, where meta tensors would make whole matrices,
-    and autocast, which they do not have, casts the weights of linear layers."""
-    with (mock.patch.object(functional, "scaled_dot_product_attention", _attention),
+    autocast, which they do not have, casts the weights of linear layers, and an output layer in 4
+    bits is dequantised."""
+    with (mock.patch.object(head, "dense", _dense_head),
+          mock.patch.object(functional, "scaled_dot_product_attention", _attention),
           mock.patch.object(functional, "linear", _autocast_linear),
           mock.patch.object(torch, "autocast", _Autocast)):
         yield
@@ -141,6 +145,11 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
     return aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _dense_head(layer):
+    in_4bit = isinstance(layer, Linear4bit)
+    return torch.empty_like(layer.weight) if in_4bit else layer.weight.data
 
 
 class _Autocast:

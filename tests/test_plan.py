@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmark_card import stored
-from conftest import PICTURES, ROOT
+from conftest import FROZEN, PICTURES, ROOT
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -83,6 +83,7 @@ def middle(tmp_path_factory):
                     f"model.shape={shapes[shape]}",
                     "model.random_init=true",
                     "model.device=cpu",
+                    *FROZEN,
                     *overrides,
                 ]
             )
@@ -105,6 +106,7 @@ VISION = (
     "model.tune=[language,projector,vision]",
     "lora.target_modules='.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|multi_modal_projector)'",
 )
+HALF = ("model.dtype=float16",)  # the eyes are in float32
 FULL = ("lora=null", "model.quantization=none", "model.dtype=float32")
 DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
@@ -112,7 +114,7 @@ DENSE32 = ("model.quantization=none", "model.dtype=float32")
 # ---------------------------------------------------------------- what lies there all the time
 @pytest.mark.parametrize(
     "overrides",
-    [(), VISION, slow(FULL), slow(DENSE32), slow(("model.keep_unquantized=[lm_head]",))],
+    [(), VISION, HALF, slow(FULL), slow(DENSE32), slow(("model.keep_unquantized=[lm_head]",))],
 )
 def test_weights_are_counted_to_the_byte(middle, overrides):
     policy, m = middle("middle", *overrides)
@@ -243,6 +245,7 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
         ("middle", (), 16, 100, 2, None, "reading"),
         ("middle", (), 64, 20, 2, None, "reading"),
         slow("middle", (), 64, 4, 16, None, "sampling"),
+        slow("middle", ("model.keep_unquantized=[]",), 64, 4, 16, None, "sampling"),
         slow("wide", (), 32, 4, 40, None, "sampling"),
         slow("middle", (), 4, 200, 2, TALL, "reading"),
         ("middle", (), 8, 20, 2, TALL, "encoding"),
@@ -362,6 +365,7 @@ SIZES = (
     "eval.batch_size=32",
     "model.max_new_tokens=160",
     "model.memory=24",
+    *FROZEN,
 )
 
 
