@@ -211,7 +211,7 @@ def test_what_the_image_shows_matters(policy, settings):
     assert (a - b).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_adapter_on_the_way_learns(make, turns, checkpointing, dtype, device):
