@@ -671,7 +671,7 @@ def test_rounding_is_measured_by_what_the_policy_moved():
 
 # ---------------------------------------------------------------- updates of the value head alone
 def test_the_value_head_can_learn_alone(make_policy, turns, cfg):
-    """Even where its gradient may reach the model. The model is read, not trained: 2 N per token."""
+    """Even where its gradient may reach the model, which is read, not trained: 2 N per token."""
     policy = make_policy(value_detach=False)
     ppo = SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, "value_hidden": []})
     groups = [{"params": policy.trainable.values()}, {"params": policy.value_head.parameters()}]
