@@ -24,6 +24,7 @@ from policy import STATES_AT_ONCE, Policy
 from lib.batching import Sequence
 from lib.images import PATCHES_AT_ONCE
 from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
+from lib.loading import reads_text_alone
 from lib.settings import UserError, find_model, load, run_main
 from rollout import make_env
 
@@ -109,7 +110,10 @@ def shape_of(model):
     if model.random_init or not os.path.isdir(folder):
         key, folder = "shape", find_model(model.shape)
     files = os.listdir(folder) if os.path.isdir(folder) else []
-    for kind in (("config.json",), ("preprocessor_config.json", "processor_config.json")):
+    needed = [("config.json",), ("preprocessor_config.json", "processor_config.json")]
+    if "config.json" in files and reads_text_alone(folder):
+        needed.pop()
+    for kind in needed:
         if not any(name in files for name in kind):  # transformers writes either of the latter
             raise UserError(f"model.{key}: no {kind[0]} in {getattr(model, key)!r}")
     return f"model.{key}", folder

@@ -40,6 +40,7 @@ from lib.weights import load_weights, save_merged, save_weights
 
 import torch
 import transformers
+from transformers import DynamicCache
 from torch.utils.checkpoint import checkpoint
 
 transformers.utils.logging.disable_progress_bar()
@@ -165,7 +166,7 @@ class Policy:
             spellable = torch.tensor(self.prompts.spellable, device=self.device)
             forbidden = ~torch.isin(vocabulary, spellable)  # what is sampled must read back
         else:
-            self.prompts = PromptEncoder(self.tokenizer, self.family)
+            self.prompts = PromptEncoder(self.tokenizer, self.family, model.thinking)
         self.max_new_tokens = model.answer_tokens if model.random_init else model.max_new_tokens
         self.forbidden = forbidden  # (V,) bool
         ends = self.base.generation_config.eos_token_id  # one, several or None
@@ -187,8 +188,8 @@ class Policy:
         return self.prompts.encode_answers(texts)
 
     def decode(self, ids):
-        """Text of answer ids."""
-        return self.prompts.decode(ids)
+        """Text of answer ids, thoughts included (lib/answers.final_answer leaves them out)."""
+        return self.prompts.opened + self.prompts.decode(ids)
 
     # ------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -285,7 +286,9 @@ class Policy:
         ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)  # (rows, T)
         inputs = self._text_inputs(ids, mask, features)
-        out = self.family.text_model(attention_mask=mask, use_cache=True, **inputs.prompt)
+        cache = DynamicCache()  # of whole prompts, where a model's own may keep a window alone
+        out = self.family.text_model(attention_mask=mask, use_cache=True, past_key_values=cache,
+                                     **inputs.prompt)
         decoding = Decoding(self.family.text_model, out.past_key_values, mask, inputs)
         return out.last_hidden_state[:, -1].clone(), decoding  # (rows, T, C) -> (rows, C)
 

@@ -1,4 +1,4 @@
-"""What is peculiar to a family of vision-language models: how its text sees an image.
+"""What is peculiar to a family of models: how its text sees an image, if it sees any.
 
 A family is a class with
 
@@ -14,13 +14,21 @@ A family is a class with
     text_inputs(ids, mask, features)    how the text model reads whole prompts: TextInputs
 
 Another model that works like one of them needs a line in FAMILIES; another way of seeing needs a
-class of some 40 lines (docs/new_family.md).
+class of some 40 lines (docs/new_family.md). A language model without images needs neither: TextOnly.
 """
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
-from transformers import BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lib.settings import UserError
 
@@ -181,15 +189,67 @@ class Inline:
         return TextInputs(prompt, {}, offset)
 
 
+NO_PICTURES = ("model.path: this model reads text alone; for a task with pictures name a "
+               "vision-language model, or take the task in words (env.image_size=null)")
+
+
+class TextOnly:
+    """Any language model of AutoModelForCausalLM: Llama, Qwen3, SmolLM2 (a Llama), Gemma.
+
+    The whole model is the part `language`. No image can reach it: Raises UserError.
+    """
+    parts = {"language": ""}
+    image_token = -1  # no token has this id
+
+    def __init__(self, base, image_processor=None):
+        self.base = base
+        self.text_model = base.base_model
+
+    def expand_image_tokens(self, ids, image):
+        if image is not None:
+            raise UserError(NO_PICTURES)
+        return ids
+
+    def image_patches(self, image):
+        raise UserError(NO_PICTURES)
+
+    tower_patches = image_patches
+
+    @torch.no_grad()
+    def check_logits(self):
+        """The policy reads logits off lm_head; some models scale or cap them afterwards.
+
+        Raises: UserError for such a model.
+        """
+        ids = torch.arange(1, 9, device=self.base.device)[None]  # (1, T)
+        hidden = self.text_model(input_ids=ids).last_hidden_state  # (1, T, C)
+        head = getattr(self.base, "lm_head", None)
+        wanted = self.base(input_ids=ids).logits  # (1, T, V)
+        if head is None or not torch.allclose(head(hidden), wanted, rtol=0.01, atol=0.01):
+            raise UserError(f"model.path: the logits of a {self.base.config.model_type} are more "
+                            "than its lm_head's (capped or scaled): not supported")
+
+
 FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline}  # by model_type
 
 
 def family_of(config):
-    """The class of FAMILIES for a model's configuration. Raises: UserError."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model.path: {config.model_type} is none of the known families, "
-                        f"{', '.join(FAMILIES)} (lib/families.py)")
-    return FAMILIES[config.model_type]
+    """The family's class for a model's configuration. Raises: UserError."""
+    kind = config.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees:
+        return TextOnly
+    raise UserError(f"model.path: {kind} is none of the known families, "
+                    f"{', '.join(FAMILIES)} (lib/families.py), and no language model without images")
+
+
+def auto_class(config):
+    """The Auto class of transformers that loads a model of this configuration. Raises: UserError."""
+    if family_of(config) is TextOnly:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def quantization(model, config):

@@ -9,18 +9,17 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     AutoTokenizer,
 )
 
-from lib.families import family_of, quantization
+from lib.families import NO_PICTURES, TextOnly, auto_class, family_of, quantization
 from lib.random_weights import random_base
 from lib.settings import ROOT, UserError, find_model, one_line, out_of_memory
 
 
 class Loaded(NamedTuple):
     tokenizer: object
-    image_processor: object
+    image_processor: object  # None of a family without images
     base: torch.nn.Module
     family: object  # of lib/families.py
 
@@ -46,7 +45,32 @@ def load_base(model, device):
             module.support_avx512bf16_for_cpu = False
     if model.dtype == "float16":
         _widen(loaded.base, loaded.family)
+    if isinstance(loaded.family, TextOnly) and not model.random_init:
+        loaded.family.check_logits()
     return loaded
+
+
+def check_sight(model, observation):
+    """Before anything is loaded but the model's config: can it read what the task shows?
+
+    Args: model: cfg.model; observation: one of the environment's, which are all alike in this.
+    Raises: UserError for a picture and a model that reads text alone, or a model that is missing.
+    """
+    if observation["image"] is None:
+        return
+    _check_folders(model)
+    if reads_text_alone(model.shape if model.random_init else model.path):
+        raise UserError(NO_PICTURES)
+
+
+def reads_text_alone(path):
+    """Whether the model of a folder or hub name takes no images, by its config.json. Raises:
+    UserError."""
+    try:
+        config = AutoConfig.from_pretrained(find_model(path))
+    except (OSError, ValueError) as error:
+        raise UserError(_unavailable(path, error)) from None
+    return family_of(config) is TextOnly
 
 
 def _widen(base, family):
@@ -66,10 +90,10 @@ def _load(model, device):
     """A model with its weights, from a folder or the hub."""
     path = find_model(model.path)
     config = AutoConfig.from_pretrained(path)
-    family = family_of(config)
+    family = _family(config, model.tune)
     tokenizer = _tokenizer(path, model.path)
-    image_processor = load_image_processor(path)
-    base, found = AutoModelForImageTextToText.from_pretrained(
+    image_processor = load_image_processor(path, family)
+    base, found = auto_class(config).from_pretrained(
         path, dtype=getattr(torch, model.dtype), device_map={"": device},
         quantization_config=quantization(model, config), attn_implementation="sdpa",
         output_loading_info=True)
@@ -84,17 +108,31 @@ def _load_random(model, device):
     """Random weights in the shape of model.shape, with the tokenizer of model.tokenizer."""
     shape = find_model(model.shape)
     config = AutoConfig.from_pretrained(shape)
-    family = family_of(config)
+    family = _family(config, model.tune)
     tokenizer = _tokenizer(find_model(model.tokenizer), model.tokenizer)
-    image_processor = load_image_processor(shape)
+    image_processor = load_image_processor(shape, family)
     base = random_base(model, config, device)
-    image_token = tokenizer.convert_tokens_to_ids("<|image|>")
-    base.config.image_token_index = base.config.image_token_id = image_token
+    if family is not TextOnly:
+        image_token = tokenizer.convert_tokens_to_ids("<|image|>")
+        base.config.image_token_index = base.config.image_token_id = image_token
     return Loaded(tokenizer, image_processor, base, family(base, image_processor))
 
 
-def load_image_processor(path):
-    """By PIL, not torchvision: no further dependency, and the same pixels everywhere."""
+def _family(config, tune):
+    """The family's class. Raises: UserError if it is unknown or lacks a part of model.tune."""
+    family = family_of(config)
+    for part in tune:
+        if part not in family.parts:
+            raise UserError(f"model.tune: a {config.model_type} has no {part}, it reads text alone: "
+                            "model.tune=[language]")
+    return family
+
+
+def load_image_processor(path, family):
+    """By PIL, not torchvision: no further dependency, and the same pixels everywhere. None for a
+    family without images."""
+    if family is TextOnly:
+        return None
     return AutoImageProcessor.from_pretrained(path, backend="pil")
 
 

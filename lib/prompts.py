@@ -1,18 +1,29 @@
 """Observations and answers as token ids, by the model's own chat template."""
+from jinja2 import TemplateError
+
+from lib.answers import THOUGHT
 from lib.batching import Sequence
+from lib.settings import UserError, one_line
 
 # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 DATE = "26 Jul 2024"
 
 
 class PromptEncoder:
-    """Args: tokenizer: of the model; family: as in lib/families.py."""
+    """Args: tokenizer: of the model; family: as in lib/families.py; thinking: cfg.model.thinking.
 
-    def __init__(self, tokenizer, family):
+    Attributes: opened: what of an answer the template writes itself: "<think>" or nothing.
+    Raises: UserError if the chat template refuses a conversation.
+    """
+
+    def __init__(self, tokenizer, family, thinking):
         self.tokenizer = tokenizer
         self.family = family
+        self.thinking = thinking
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = [token.content for token in added if token.special]
+        prompt = self._written([{"role": "user", "content": "Hello"}])
+        self.opened = THOUGHT if prompt.rstrip().endswith(THOUGHT) else ""
 
     def encode(self, observations):
         """Prompts of observations {"messages", "image"}, as Sequences without spans.
@@ -41,9 +52,21 @@ class PromptEncoder:
         texts = []
         for messages in conversations:
             plain = [{**m, "content": self._plain(m["content"])} for m in messages]
-            texts.append(self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=True, date_string=DATE))
+            texts.append(self._written(plain))
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _written(self, messages):
+        """A conversation as the chat template writes it; one that knows no thinking ignores that.
+
+        A system prompt that the template adds by default stays: the model learned with it.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=DATE,
+                enable_thinking=self.thinking)
+        except (TemplateError, TypeError) as error:  # the latter: it joins text and a list
+            raise UserError("model.path: the model's chat template refuses a conversation: "
+                            f"{one_line(error)}") from None
 
     def _plain(self, content):
         """Message content with the special tokens that it spells broken up: <|image|> in an answer

@@ -3,10 +3,9 @@ lengths, so that memory and speed can be tried without a download."""
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
-from transformers import AutoModelForImageTextToText
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from lib.families import quantization
+from lib.families import auto_class, quantization
 from lib.prompts import PromptEncoder
 
 GATE = 0.5  # of random cross-attention layers, which would ignore the image at the usual 0
@@ -20,8 +19,8 @@ def skeleton(model, config):
     """
     settings = quantization(model, config)
     with init_empty_weights():  # buffers, such as rotary frequencies, are real
-        base = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, model.dtype),
-                                                       attn_implementation="sdpa")
+        base = auto_class(config).from_config(config, dtype=getattr(torch, model.dtype),
+                                              attn_implementation="sdpa")
     if settings is not None:
         replace_with_bnb_linear(base, settings.llm_int8_skip_modules, settings)
         base.is_loaded_in_4bit = True  # as peft wants to know
@@ -87,7 +86,7 @@ class FilledPromptEncoder(PromptEncoder):
     """
 
     def __init__(self, tokenizer, family, lengths):
-        super().__init__(tokenizer, family)
+        super().__init__(tokenizer, family, lengths.thinking)
         self.lengths = lengths
         self.spellable = spellable_tokens(tokenizer)
         self.filler = self.spellable[0]

@@ -53,6 +53,7 @@ SCHEMA = {
     "model.image_cache": number(0),
     "model.memory": number(0),
     "model.max_new_tokens": whole(1, 100_000),
+    "model.thinking": flag,
     "lora.r": whole(1, 10_000),
     "lora.alpha": number(0),
     "lora.target_modules": text,
@@ -118,7 +119,7 @@ SCHEMA = {
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
 DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
-            "ppo.value_warmup": 0, "eval.curve_points": 8, "eval.arms": [],
+            "model.thinking": False, "ppo.value_warmup": 0, "eval.curve_points": 8, "eval.arms": [],
             "eval.conversations": 0}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema

@@ -14,6 +14,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from lib.answers import final_answer
 from lib.batching import micro_batches, turns_of
 from lib.settings import UserError, one_line
 
@@ -309,7 +310,7 @@ def token_weights(policy, turn, key, weight):
     if weight == 1:
         return weights
     for i in range(len(turn.answer)):
-        if key in policy.decode(turn.answer[:i + 1]):
+        if key in final_answer(policy.decode(turn.answer[:i + 1])):
             break
         weights[i] = weight
     return weights
