@@ -10,6 +10,7 @@ the 4-bit one, a little worse than the original.
 """
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -72,6 +73,20 @@ def split_digits(tokenizer, path):
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(cut)
 
 
+def readable_by_version_4(folder):
+    """What transformers 5 writes for itself alone is added as version 4 reads it: without
+    rope_theta that would take another one, and say nothing."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    theta = settings.get("rope_parameters", {}).get("rope_theta")
+    if theta is not None:
+        settings["rope_theta"] = theta
+    config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
 def main(arguments):
     """Write the folder. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -85,6 +100,7 @@ def main(arguments):
     with written_whole(given.folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        readable_by_version_4(temporary)
     print(f"{given.folder}: {model.config.model_type} of {model.num_parameters() / 1e6:.0f} M "
           f"parameters, from {path.name}: give model.path={given.folder}")
 
