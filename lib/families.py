@@ -14,7 +14,7 @@ A family is a class with
     text_inputs(ids, mask, features)    how the text model reads whole prompts: TextInputs
 
 Another model that works like one of them needs a line in FAMILIES; another way of seeing needs a
-class of some 40 lines (docs/new_family.md). A language model without images needs neither: TextOnly.
+class of some 40 lines (docs/new_family.md). A language model without images is a TextOnly.
 """
 from dataclasses import dataclass
 
@@ -241,12 +241,12 @@ def family_of(config):
     sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees:
         return TextOnly
-    raise UserError(f"model.path: {kind} is none of the known families, "
-                    f"{', '.join(FAMILIES)} (lib/families.py), and no language model without images")
+    raise UserError(f"model.path: {kind} is none of the known families, {', '.join(FAMILIES)} "
+                    "(lib/families.py), and no language model without images")
 
 
 def auto_class(config):
-    """The Auto class of transformers that loads a model of this configuration. Raises: UserError."""
+    """transformers' Auto class that loads a model of this configuration. Raises: UserError."""
     if family_of(config) is TextOnly:
         return AutoModelForCausalLM
     return AutoModelForImageTextToText

@@ -123,8 +123,8 @@ def _family(config, tune):
     family = family_of(config)
     for part in tune:
         if part not in family.parts:
-            raise UserError(f"model.tune: a {config.model_type} has no {part}, it reads text alone: "
-                            "model.tune=[language]")
+            raise UserError(f"model.tune: a {config.model_type} has no {part}, it reads text "
+                            "alone: model.tune=[language]")
     return family
 
 

