@@ -21,7 +21,7 @@ import plan
 import rl
 import sft
 from lib.answers import CUT_OFF, final_answer
-from lib.batching import sequences_of
+from lib.batching import Sequence, pack, sequences_of
 from lib.settings import UserError, load
 from lib.training import token_weights
 from policy import Policy
@@ -116,15 +116,24 @@ def test_scores_are_the_library_s(policy, turns):
 
 
 def test_sampled_is_scored_packed_or_not(policy, turns):
-    packed = sequences_of(turns, 6)
-    assert max(len(members) for _, members in packed) > 1
+    """Prompts alone, and a second answer in the conversation of the first."""
+    prompts = [turn.prompt for turn in turns[:3]]
+    answers = [turn.answer for turn in turns[:3]]
+    later = []
+    for prompt, answer in zip(prompts, answers):
+        later.append(Sequence([*prompt.answered(answer).ids, 7, 8, 9], []))
+    second = policy.sample(later, 0.7, torch.Generator().manual_seed(0))
+    pairs = []
+    for turn, prompt, answer in zip(turns, later, second):
+        pairs += [(turn.prompt, turn.answer), (prompt, answer.ids)]
+    packed = [sequence for sequence, _ in pack(pairs)]
+    assert len(packed) == 3
     with torch.no_grad():
-        together = policy.score([sequence for sequence, _ in packed], 0.7)["logprobs"]
-        single = policy.score([t.prompt.answered(t.answer) for t in turns], 0.7)["logprobs"]
-    order = [index for _, members in packed for index in members]
-    wanted = torch.cat([turns[index].logprobs for index in order])
+        together = policy.score(packed, 0.7)["logprobs"]
+        single = policy.score([p.answered(a) for p, a in pairs], 0.7)["logprobs"]
+    sampled = [logprobs for pair in zip(turns, second) for logprobs in pair]
+    wanted = torch.cat([answer.logprobs for answer in sampled])
     torch.testing.assert_close(together, wanted, rtol=0, atol=1e-4)
-    wanted = torch.cat([turn.logprobs for turn in turns])
     torch.testing.assert_close(single, wanted, rtol=0, atol=1e-4)
 
 
@@ -213,16 +222,13 @@ def test_random_weights_and_the_plan_need_the_config_alone(settings, folder, tmp
     for turn in play(policy, settings.env, 1.0, tables=2, turns=2):
         assert len(turn.prompt.ids) == 30 + 15 * (turn.info["attempt"] - 1)
         assert len(turn.answer) == 6
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert policy.parameters == parameters  # tied weights are one
     cfg = copy.deepcopy(settings)
     vars(cfg.model).update(path=str(folder), quantization="none", **changes)
     cfg.model.tokenizer = str(folder)
-    weights = plan.policy_of(cfg).weights
-    assert sum(weights.values()) == 4 * sum(p.numel() for p in base_of(folder).parameters())
+    assert sum(plan.policy_of(cfg).weights.values()) == 4 * parameters
     assert all(phase.peak[0] > 0 for phase in plan.budget(cfg, ["rl.py update"]).values())
-
-
-def base_of(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 # ---------------------------------------------------------------- one line each
