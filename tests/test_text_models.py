@@ -249,8 +249,8 @@ def test_there_is_no_other_part_to_tune(settings, llama, part):
 
 
 def test_logits_that_are_more_than_the_head_s_are_refused(settings, tmp_path):
-    build("Gemma2Config", tmp_path, final_logit_softcapping=1.0)
-    with pytest.raises(UserError, match="logits of a gemma2 .*capped"):
+    build("GraniteConfig", tmp_path, logits_scaling=8.0)
+    with pytest.raises(UserError, match="logits of a granite .*scaled"):
         made(settings, tmp_path)
 
 
