@@ -1,6 +1,6 @@
 """What is peculiar to a family of vision-language models: how its text sees an image.
 
-A family is a class with
+A family is a class, made of (base, image_processor, tokenizer), with
 
     parts                               {part: pattern of its parameters' names}, for model.tune
     text_model                          the module that reads text and returns hidden states
@@ -47,13 +47,20 @@ def text_only(ids, mask):
     return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
 
 
+def with_images(family, ids, images):
+    """Embeddings (B, T, C) of ids (B, T), those of images, (tokens, C) each, in their places."""
+    embedded = family.model.get_input_embeddings()(ids)
+    images = torch.cat(images).to(embedded.dtype)  # (all image tokens, C)
+    return embedded.masked_scatter((ids == family.image_token)[:, :, None], images)
+
+
 class CrossAttention:
     """Llama-3.2-Vision (Mllama): layers of their own let the text attend to one image's states."""
     parts = {"language": "model.language_model|lm_head",
              "projector": "model.multi_modal_projector",
              "vision": "model.vision_model"}
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
@@ -120,7 +127,7 @@ class Inline:
              "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
@@ -162,9 +169,7 @@ class Inline:
         """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
         embeddings, grids, *deeper = zip(*features)
         is_image = ids == self.image_token  # (B, T)
-        embedded = self.model.get_input_embeddings()(ids)  # (B, T, C)
-        images = torch.cat(embeddings).to(embedded.dtype)  # (all image tokens, C)
-        embedded = embedded.masked_scatter(is_image[:, :, None], images)
+        embedded = with_images(self, ids, embeddings)
         where, offset = self.model.get_rope_index(
             ids, is_image.int(), image_grid_thw=torch.stack(grids).to(ids.device),
             attention_mask=mask)
@@ -175,7 +180,84 @@ class Inline:
         return TextInputs(prompt, {}, offset)
 
 
-FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline}  # by model_type
+class Tiled:
+    """SmolVLM and SmolVLM2 (Idefics3): an image is cut into rows and columns of tiles, a small copy
+    of the whole follows, and each tile stands among the text tokens after one that names it."""
+    parts = {"language": "model.text_model|lm_head",
+             "projector": "model.connector",
+             "vision": "model.vision_model"}
+
+    def __init__(self, base, image_processor, tokenizer):
+        self.model = base.model
+        self.text_model = base.model.text_model
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.image_token = base.config.image_token_id
+        self.patches_per_token = base.config.scale_factor ** 2
+        self.tile_tokens = self.model.vision_model.embeddings.num_patches // self.patches_per_token
+        self.tiles = {}  # (width, height) of an image -> (rows, columns), (0, 0) if it is not cut
+
+    def expand_image_tokens(self, ids, image):
+        """As the library's processor does it, which would need packages for video."""
+        if image is None:
+            return ids
+        rows, columns = self._rows_and_columns(image)
+        tile = [self.image_token] * self.tile_tokens
+        expanded = []
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                named = f"<row_{row}_col_{column}>"
+                expanded += [self._id("<fake_token_around_image>"), self._id(named), *tile]
+            expanded += self._text_ids("\n" if row < rows else "\n\n")
+        expanded += [self._id("<fake_token_around_image>"), self._id("<global-img>"), *tile,
+                     self._id("<fake_token_around_image>")]
+        place = ids.index(self.image_token)
+        return ids[:place] + expanded + ids[place + 1:]
+
+    def _rows_and_columns(self, image):
+        if image.size not in self.tiles:
+            pixels = self.image_processor([[image]], return_row_col_info=True)
+            self.tiles[image.size] = pixels["rows"][0][0], pixels["cols"][0][0]
+        return self.tiles[image.size]
+
+    def _id(self, token):
+        """Of a special token; the tokenizer of a dry run lacks them, and takes another."""
+        return self.tokenizer.get_vocab().get(token, self.tokenizer.eos_token_id)
+
+    def _text_ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def image_patches(self, image):
+        rows, columns = self._rows_and_columns(image)
+        return (rows * columns + 1) * self.tile_tokens * self.patches_per_token
+
+    tower_patches = image_patches
+
+    def encode_images(self, images):
+        """Per image (embeddings (tokens, C),), its tiles one after the other."""
+        pixels = self.image_processor([[image] for image in images], return_tensors="pt")
+        values = pixels["pixel_values"]  # (B, most tiles, 3, height, width)
+        used = pixels["pixel_attention_mask"].flatten(2).sum(2).count_nonzero(1).tolist()
+        tiles = torch.cat([image[:count] for image, count in zip(values, used)])
+        tiles = tiles.to(self.model.device, self.model.dtype)
+        side = self.model.vision_model.embeddings.num_patches_per_side
+        whole = torch.ones(len(tiles), side, side, dtype=torch.bool, device=tiles.device)
+        tower = self.model.vision_model(pixel_values=tiles, patch_attention_mask=whole)
+        embeddings = self.model.connector(tower.last_hidden_state)  # (all tiles, tokens, C)
+        return [(image.flatten(0, 1),) for image in embeddings.split(used)]
+
+    def count_patches(self, features):
+        return len(features[0]) * self.patches_per_token
+
+    def text_inputs(self, ids, mask, features):
+        """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
+        embedded = with_images(self, ids, [embeddings for embeddings, in features])
+        prompt = {"inputs_embeds": embedded, "position_ids": positions(mask)}
+        return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
+
+
+FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline, "idefics3": Tiled,
+            "smolvlm": Tiled}  # by model_type
 
 
 def family_of(config):

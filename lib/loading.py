@@ -1,5 +1,7 @@
 """The frozen base model, loaded through the Auto classes, in 4 bits if asked."""
+import json
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 
 from lib.families import family_of, quantization
 from lib.random_weights import random_base
@@ -60,7 +63,7 @@ def _load(model, device):
     if lost:  # they would be random
         raise UserError(f"model.path: the weights of {model.path!r} lack {len(lost)} tensors, "
                         f"such as {lost[0]}")
-    return Loaded(tokenizer, image_processor, base, family(base, image_processor))
+    return Loaded(tokenizer, image_processor, base, family(base, image_processor, tokenizer))
 
 
 def _load_random(model, device):
@@ -73,22 +76,42 @@ def _load_random(model, device):
     base = random_base(model, config, device)
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")
     base.config.image_token_index = base.config.image_token_id = image_token
-    return Loaded(tokenizer, image_processor, base, family(base, image_processor))
+    return Loaded(tokenizer, image_processor, base, family(base, image_processor, tokenizer))
 
 
 def load_image_processor(path):
-    """By PIL, not torchvision: no further dependency, and the same pixels everywhere."""
-    return AutoImageProcessor.from_pretrained(path, backend="pil")
+    """By PIL, not torchvision: no further dependency, and the same pixels everywhere.
+
+    Raises: UserError for one that needs torchvision.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise UserError(f"model.path: the image processor of {path!r} needs torchvision, which is "
+                        "not used here: name a model whose images PIL can prepare") from None
 
 
 def _tokenizer(path, name):
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
     if tokenizer.chat_template is None:
         raise UserError(f"model.path: the tokenizer of {name!r} has no chat template; "
                         "name an Instruct model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _processor_template(path):
+    """The chat template in chat_template.json, where older models of several kinds of input keep
+    theirs, or None."""
+    file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
 
 
 def _check_folders(model):
