@@ -22,6 +22,8 @@ def skeleton(model, config):
     with init_empty_weights():  # buffers, such as rotary frequencies, are real
         base = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, model.dtype),
                                                        attn_implementation="sdpa")
+    if config.tie_word_embeddings:  # above, tied weights became two
+        base.lm_head._parameters["weight"] = base.get_input_embeddings().weight
     if settings is not None:
         replace_with_bnb_linear(base, settings.llm_int8_skip_modules, settings)
         base.is_loaded_in_4bit = True  # as peft wants to know
