@@ -23,6 +23,9 @@ from transformers import BitsAndBytesConfig
 
 from lib.settings import UserError
 
+AROUND = "<fake_token_around_image>"  # around each tile of SmolVLM
+TILE_NAMES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+
 
 @dataclass
 class TextInputs:
@@ -186,6 +189,7 @@ class Tiled:
     parts = {"language": "model.text_model|lm_head",
              "projector": "model.connector",
              "vision": "model.vision_model"}
+    special_tokens = [AROUND, "<global-img>", *TILE_NAMES]  # a dry run's tokenizer lacks them
 
     def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
@@ -195,41 +199,37 @@ class Tiled:
         self.image_token = base.config.image_token_id
         self.patches_per_token = base.config.scale_factor ** 2
         self.tile_tokens = self.model.vision_model.embeddings.num_patches // self.patches_per_token
-        self.tiles = {}  # (width, height) of an image -> (rows, columns), (0, 0) if it is not cut
+        self.tile_ids = {}  # (width, height) of an image -> ids of all its tiles
 
     def expand_image_tokens(self, ids, image):
-        """As the library's processor does it, which would need packages for video."""
         if image is None:
             return ids
-        rows, columns = self._rows_and_columns(image)
-        tile = [self.image_token] * self.tile_tokens
-        expanded = []
+        place = ids.index(self.image_token)
+        return ids[:place] + self._tile_ids(image) + ids[place + 1:]
+
+    def _tile_ids(self, image):
+        if image.size not in self.tile_ids:
+            pixels = self.image_processor([[image]], return_row_col_info=True)
+            text = self._tile_text(pixels["rows"][0][0], pixels["cols"][0][0])
+            self.tile_ids[image.size] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tile_ids[image.size]
+
+    def _tile_text(self, rows, columns):
+        """As the library's processor writes it, which needs packages for video; no rows: not cut.
+
+        What names a tile is a token in SmolVLM2, and spelt out in the first SmolVLM."""
+        tile = self.tokenizer.convert_ids_to_tokens(self.image_token) * self.tile_tokens
+        text = ""
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):
-                named = f"<row_{row}_col_{column}>"
-                expanded += [self._id("<fake_token_around_image>"), self._id(named), *tile]
-            expanded += self._text_ids("\n" if row < rows else "\n\n")
-        expanded += [self._id("<fake_token_around_image>"), self._id("<global-img>"), *tile,
-                     self._id("<fake_token_around_image>")]
-        place = ids.index(self.image_token)
-        return ids[:place] + expanded + ids[place + 1:]
-
-    def _rows_and_columns(self, image):
-        if image.size not in self.tiles:
-            pixels = self.image_processor([[image]], return_row_col_info=True)
-            self.tiles[image.size] = pixels["rows"][0][0], pixels["cols"][0][0]
-        return self.tiles[image.size]
-
-    def _id(self, token):
-        """Of a special token; the tokenizer of a dry run lacks them, and takes another."""
-        return self.tokenizer.get_vocab().get(token, self.tokenizer.eos_token_id)
-
-    def _text_ids(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
+                text += f"{AROUND}<row_{row}_col_{column}>{tile}"
+            text += "\n"
+        if rows:
+            text += "\n"
+        return f"{text}{AROUND}<global-img>{tile}{AROUND}"
 
     def image_patches(self, image):
-        rows, columns = self._rows_and_columns(image)
-        return (rows * columns + 1) * self.tile_tokens * self.patches_per_token
+        return self._tile_ids(image).count(self.image_token) * self.patches_per_token
 
     tower_patches = image_patches
 

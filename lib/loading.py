@@ -72,6 +72,7 @@ def _load_random(model, device):
     config = AutoConfig.from_pretrained(shape)
     family = family_of(config)
     tokenizer = _tokenizer(find_model(model.tokenizer), model.tokenizer)
+    tokenizer.add_tokens(getattr(family, "special_tokens", []), special_tokens=True)
     image_processor = load_image_processor(shape)
     base = random_base(model, config, device)
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")

@@ -16,6 +16,7 @@ from conftest import PICTURES, ROOT, assert_read_in_parts, play
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.smolvlm import processing_smolvlm
 
 import rl
 import sft
@@ -29,7 +30,7 @@ from policy import Policy
 
 QWEN_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
 TEXT = {
-    "vocab_size": 416,
+    "vocab_size": 416,  # the mini's 375 tokens and those of a family, 38 at most
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -206,10 +207,9 @@ def test_scores_are_the_library_s(policy, folder, turns):
     with torch.no_grad():
         out, place = policy.score([s for s, _ in packed], 0.7), 0
         for sequence, _ in packed:
-            logprobs = torch.log_softmax(
-                library(policy.base, folder, sequence).masked_fill(policy.forbidden, -torch.inf) / 0.7,
-                -1,
-            )
+            logits = library(policy.base, folder, sequence)
+            logits = logits.masked_fill(policy.forbidden, -torch.inf)
+            logprobs = torch.log_softmax(logits / 0.7, -1)
             for start, end in sequence.spans:
                 wanted = logprobs[range(start - 1, end - 1), sequence.ids[start:end]]
                 torch.testing.assert_close(
@@ -379,18 +379,22 @@ def test_tiles_are_those_of_the_library_s_processor(tiled, size):
     torch.testing.assert_close(hidden, states, rtol=0, atol=1e-4)
 
 
-def test_tiles_are_named_as_smolvlm_s_processor_does(tiled):
-    smolvlm = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")
-    picture = Image.new("RGB", (120, 60))
+@pytest.mark.parametrize("known", [len(TILE_TOKENS), 2], ids=["tokens", "spelt"])
+def test_tiles_are_named_as_smolvlm_s_processor_does(tiled, monkeypatch, known):
+    """By tokens in SmolVLM2; the first SmolVLM's tokenizer spells the names."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "mini/gp")
+    tokenizer.add_special_tokens({"additional_special_tokens": TILE_TOKENS[:known]})
+    monkeypatch.setattr(tiled.family, "tokenizer", tokenizer)
+    monkeypatch.setattr(tiled.family, "tile_ids", {})
     names = ("<fake_token_around_image>", "<image>", "<global-img>")
-    text = smolvlm.get_image_prompt_string(1, 2, 4, *names)
-    ids = tiled.tokenizer.encode(text, add_special_tokens=False)
-    assert tiled.family.expand_image_tokens([tiled.family.image_token], picture) == ids
+    text = processing_smolvlm.get_image_prompt_string(1, 2, 4, *names)
+    ids = tiled.family.expand_image_tokens([tiled.family.image_token], Image.new("RGB", (120, 60)))
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_a_picture_may_stay_in_one_piece(tiled, monkeypatch):
     monkeypatch.setattr(tiled.image_processor, "do_image_splitting", False)
-    monkeypatch.setattr(tiled.family, "tiles", {})
+    monkeypatch.setattr(tiled.family, "tile_ids", {})
     picture = Image.new("RGB", (120, 60))
     ids = tiled.family.expand_image_tokens([tiled.family.image_token], picture)
     assert ids.count(tiled.family.image_token) == 4
