@@ -60,8 +60,6 @@ class MetaPolicy(Policy):
                     "gradient_checkpointing": True}
         with init_empty_weights():
             super().__init__(SimpleNamespace(**settings), lora, value_hidden)
-        self.base.tie_weights()  # in there, setting a weight makes another one of it
-        self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.weights = self._bytes_of_weights()
         self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
         self.end_tokens = torch.tensor([-1])  # no answer ends early

@@ -29,7 +29,7 @@ from collections import Counter
 import torch
 
 from lib.batching import micro_batches, sequences_of, shuffled_epochs
-from lib.loading import check_sight
+from lib.loading import check_reads_images
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
@@ -203,7 +203,7 @@ def main(arguments):
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
     play = Play(envs, training_seeds(cfg.run.seed), spread=True)
-    check_sight(cfg.model, play.episodes[0].observation)
+    check_reads_images(cfg.model, play.episodes[0].observation)
     run = Run("rl", raw, overrides)
     if not run.goes_on("rl.py", cfg):
         return

@@ -17,7 +17,7 @@ import random
 import torch
 
 from lib.batching import micro_batches
-from lib.loading import check_sight
+from lib.loading import check_reads_images
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
@@ -72,7 +72,7 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     sft = cfg.sft
     env = make_env(cfg.env, sft.mistakes + 1)  # so that an episode outlives its mistakes
-    check_sight(cfg.model, env.reset(0)[0])
+    check_reads_images(cfg.model, env.reset(0)[0])
     run = Run("sft", raw, overrides)
     if not run.goes_on("sft.py", cfg):
         return

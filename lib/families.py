@@ -1,6 +1,6 @@
 """What is peculiar to a family of models: how its text sees an image, if it sees any.
 
-A family is a class with
+A family is a class, made of (base, image_processor, tokenizer), with
 
     parts                               {part: pattern of its parameters' names}, for model.tune
     parts_in_float32                    those that float16 may overflow, if there are any
@@ -32,6 +32,9 @@ from transformers.models.auto.modeling_auto import (
 
 from lib.settings import UserError
 
+AROUND = "<fake_token_around_image>"  # around each tile of SmolVLM
+TILE_NAMES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+
 
 @dataclass
 class TextInputs:
@@ -56,6 +59,13 @@ def text_only(ids, mask):
     return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
 
 
+def with_images(family, ids, images):
+    """Embeddings (B, T, C) of ids (B, T), those of images, (tokens, C) each, in their places."""
+    embedded = family.model.get_input_embeddings()(ids)
+    images = torch.cat(images).to(embedded.dtype)  # (all image tokens, C)
+    return embedded.masked_scatter((ids == family.image_token)[:, :, None], images)
+
+
 class CrossAttention:
     """Llama-3.2-Vision (Mllama): layers of their own let the text attend to one image's states."""
     parts = {"language": "model.language_model|lm_head",
@@ -63,7 +73,7 @@ class CrossAttention:
              "vision": "model.vision_model"}
     parts_in_float32 = ("projector", "vision")
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
@@ -132,7 +142,7 @@ class Inline:
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
     parts_in_float32 = ("projector", "vision")
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
@@ -176,9 +186,7 @@ class Inline:
         """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
         embeddings, grids, *deeper = zip(*features)
         is_image = ids == self.image_token  # (B, T)
-        embedded = self.model.get_input_embeddings()(ids)  # (B, T, C)
-        images = torch.cat(embeddings).to(embedded.dtype)  # (all image tokens, C)
-        embedded = embedded.masked_scatter(is_image[:, :, None], images)
+        embedded = with_images(self, ids, embeddings)
         where, offset = self.model.get_rope_index(
             ids, is_image.int(), image_grid_thw=torch.stack(grids).to(ids.device),
             attention_mask=mask)
@@ -187,6 +195,81 @@ class Inline:
             prompt["visual_pos_masks"] = is_image
             prompt["deepstack_visual_embeds"] = [torch.cat(layer) for layer in deeper]
         return TextInputs(prompt, {}, offset)
+
+
+class Tiled:
+    """SmolVLM and SmolVLM2 (Idefics3): an image is cut into rows and columns of tiles, a small copy
+    of the whole follows, and each tile stands among the text tokens after one that names it."""
+    parts = {"language": "model.text_model|lm_head",
+             "projector": "model.connector",
+             "vision": "model.vision_model"}
+    parts_in_float32 = ("projector", "vision")
+    special_tokens = [AROUND, "<global-img>", *TILE_NAMES]  # a dry run's tokenizer lacks them
+
+    def __init__(self, base, image_processor, tokenizer):
+        self.model = base.model
+        self.text_model = base.model.text_model
+        self.dtype = base.dtype  # of the text
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.image_token = base.config.image_token_id
+        self.patches_per_token = base.config.scale_factor ** 2
+        self.tile_tokens = self.model.vision_model.embeddings.num_patches // self.patches_per_token
+        self.tile_ids = {}  # (width, height) of an image -> ids of all its tiles
+
+    def expand_image_tokens(self, ids, image):
+        if image is None:
+            return ids
+        place = ids.index(self.image_token)
+        return ids[:place] + self._tile_ids(image) + ids[place + 1:]
+
+    def _tile_ids(self, image):
+        if image.size not in self.tile_ids:
+            pixels = self.image_processor([[image]], return_row_col_info=True)
+            text = self._tile_text(pixels["rows"][0][0], pixels["cols"][0][0])
+            self.tile_ids[image.size] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tile_ids[image.size]
+
+    def _tile_text(self, rows, columns):
+        """As the library's processor writes it, which needs packages for video; no rows: not cut.
+
+        What names a tile is a token in SmolVLM2, and spelt out in the first SmolVLM."""
+        tile = self.tokenizer.convert_ids_to_tokens(self.image_token) * self.tile_tokens
+        text = ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                text += f"{AROUND}<row_{row}_col_{column}>{tile}"
+            text += "\n"
+        if rows:
+            text += "\n"
+        return f"{text}{AROUND}<global-img>{tile}{AROUND}"
+
+    def image_patches(self, image):
+        return self._tile_ids(image).count(self.image_token) * self.patches_per_token
+
+    tower_patches = image_patches
+
+    def encode_images(self, images):
+        """Per image (embeddings (tokens, C),), its tiles one after the other."""
+        pixels = self.image_processor([[image] for image in images], return_tensors="pt")
+        values = pixels["pixel_values"]  # (B, most tiles, 3, height, width)
+        used = pixels["pixel_attention_mask"].flatten(2).sum(2).count_nonzero(1).tolist()
+        tiles = torch.cat([image[:count] for image, count in zip(values, used)])
+        tiles = tiles.to(self.model.device, self.model.vision_model.dtype)
+        side = self.model.vision_model.embeddings.num_patches_per_side
+        whole = torch.ones(len(tiles), side, side, dtype=torch.bool, device=tiles.device)
+        tower = self.model.vision_model(pixel_values=tiles, patch_attention_mask=whole)
+        embeddings = self.model.connector(tower.last_hidden_state)  # (all tiles, tokens, C)
+        return [(image.flatten(0, 1).to(self.dtype),) for image in embeddings.split(used)]
+
+    def count_patches(self, features):
+        return len(features[0]) * self.patches_per_token
+
+    def text_inputs(self, ids, mask, features):
+        """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
+        embedded = with_images(self, ids, [embeddings for embeddings, in features])
+        prompt = {"inputs_embeds": embedded, "position_ids": positions(mask)}
+        return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
 
 
 NO_PICTURES = ("model.path: this model reads text alone; for a task with pictures name a "
@@ -201,7 +284,7 @@ class TextOnly:
     parts = {"language": ""}
     image_token = -1  # no token has this id
 
-    def __init__(self, base, image_processor=None):
+    def __init__(self, base, image_processor, tokenizer):
         self.base = base
         self.text_model = base.base_model
 
@@ -230,7 +313,8 @@ class TextOnly:
                             "than its lm_head's (capped or scaled): not supported")
 
 
-FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline}  # by model_type
+FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline, "idefics3": Tiled,
+            "smolvlm": Tiled}  # by model_type
 
 
 def family_of(config):

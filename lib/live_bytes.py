@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_map_only
 from lib import head
 
 aten = torch.ops.aten
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+            aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
+            aten._index_put_impl_.default)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -66,6 +69,8 @@ class LiveBytes(TorchDispatchMode):
             return 0.0
         if function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if function in INDEXING:
+            args = (args[0], _places(args[1]), *args[2:])
         if not all(t.is_meta for t in _tensors([*args, *kwargs.values()])):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         result = self._on_meta(function, args, kwargs)
@@ -109,6 +114,15 @@ class LiveBytes(TorchDispatchMode):
         self.storages[key] = weakref.ref(storage, forget)
         self.living += size
         self.peaks[self.moment] = max(self.peaks.get(self.moment, 0), self.living)
+
+
+def _places(indices):
+    """Indices without masks: how many elements these choose depends on their values."""
+    places = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool
+        places += index.nonzero(as_tuple=True) if is_mask else [index]
+    return places
 
 
 def _form(value):

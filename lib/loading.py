@@ -1,6 +1,8 @@
 """The frozen base model, loaded through the Auto classes, in 4 bits if asked."""
+import json
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 
 from lib.families import NO_PICTURES, TextOnly, auto_class, family_of, quantization
 from lib.random_weights import random_base
@@ -50,7 +53,7 @@ def load_base(model, device):
     return loaded
 
 
-def check_sight(model, observation):
+def check_reads_images(model, observation):
     """Before anything is loaded but the model's config: can it read what the task shows?
 
     Args: model: cfg.model; observation: one of the environment's, which are all alike in this.
@@ -101,7 +104,7 @@ def _load(model, device):
     if lost:  # they would be random
         raise UserError(f"model.path: the weights of {model.path!r} lack {len(lost)} tensors, "
                         f"such as {lost[0]}")
-    return Loaded(tokenizer, image_processor, base, family(base, image_processor))
+    return Loaded(tokenizer, image_processor, base, family(base, image_processor, tokenizer))
 
 
 def _load_random(model, device):
@@ -110,12 +113,13 @@ def _load_random(model, device):
     config = AutoConfig.from_pretrained(shape)
     family = _family(config, model.tune)
     tokenizer = _tokenizer(find_model(model.tokenizer), model.tokenizer)
+    tokenizer.add_tokens(getattr(family, "special_tokens", []), special_tokens=True)
     image_processor = load_image_processor(shape, family)
     base = random_base(model, config, device)
     if family is not TextOnly:
         image_token = tokenizer.convert_tokens_to_ids("<|image|>")
         base.config.image_token_index = base.config.image_token_id = image_token
-    return Loaded(tokenizer, image_processor, base, family(base, image_processor))
+    return Loaded(tokenizer, image_processor, base, family(base, image_processor, tokenizer))
 
 
 def _family(config, tune):
@@ -130,20 +134,40 @@ def _family(config, tune):
 
 def load_image_processor(path, family):
     """By PIL, not torchvision: no further dependency, and the same pixels everywhere. None for a
-    family without images."""
+    family without images.
+
+    Raises: UserError for one that needs torchvision.
+    """
     if family is TextOnly:
         return None
-    return AutoImageProcessor.from_pretrained(path, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (ImportError, ValueError) as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise UserError(f"model.path: the image processor of {path!r} needs torchvision, which is "
+                        "not used here: name a model whose images PIL can prepare") from None
 
 
 def _tokenizer(path, name):
     tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
     if tokenizer.chat_template is None:
         raise UserError(f"model.path: the tokenizer of {name!r} has no chat template; "
                         "name an Instruct model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _processor_template(path):
+    """The chat template in chat_template.json, where older models of several kinds of input keep
+    theirs, or None."""
+    file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
 
 
 def _check_folders(model):

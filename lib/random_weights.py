@@ -21,10 +21,17 @@ def skeleton(model, config):
     with init_empty_weights():  # buffers, such as rotary frequencies, are real
         base = auto_class(config).from_config(config, dtype=getattr(torch, model.dtype),
                                               attn_implementation="sdpa")
+    _tie_head(base)
     if settings is not None:
         replace_with_bnb_linear(base, settings.llm_int8_skip_modules, settings)
         base.is_loaded_in_4bit = True  # as peft wants to know
     return base.eval()
+
+
+def _tie_head(base):
+    """As tie_weights does, which would make a second weight within init_empty_weights."""
+    if base._tied_weights_keys and base.config.tie_word_embeddings:
+        base.lm_head._parameters["weight"] = base.get_input_embeddings().weight
 
 
 @torch.no_grad()
@@ -40,7 +47,7 @@ def random_base(model, config, device):
             value = torch.empty(empty.shape, dtype=base.dtype, device=device)
             _fill(value, name, spread)
             module._parameters[name] = _as_parameter(value, empty, module)
-    base.tie_weights()
+    _tie_head(base)
     return base.to(device)  # the buffers
 
 

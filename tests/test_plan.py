@@ -9,6 +9,7 @@ the number of threads, which is therefore one here; numpy's (pixels in fp32) are
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,8 +20,10 @@ from benchmark_card import stored
 from conftest import FROZEN, PICTURES, ROOT
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 import plan
+from lib.random_weights import skeleton
 from lib.settings import UserError, load
 from lib.batching import Sequence
 from policy import STATES_AT_ONCE, Policy
@@ -200,6 +203,7 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
         ids = [policy.prompts.filler] * width
         if image is not None:
             ids[1] = policy.family.image_token
+            ids = policy.family.expand_image_tokens(ids, image)
         sequence = Sequence(ids, [], image and image.copy())
         for _ in range(spans):
             sequence = sequence.answered([policy.prompts.filler] * answer)
@@ -354,6 +358,150 @@ def test_update(
     m.checkpointing = checkpointing
     plan.learning(m, sequences)
     compare(plan.learning(m, sequences), tracked, dominant)
+
+
+# ---------------------------------------------------------------- other families
+OTHERS = {  # folder under configs: what makes its text and its vision middle-sized
+    "8gb/qwen3-vl-2b": (
+        {
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [12, 10, 10],
+                "rope_type": "default",
+            }
+        },
+        {
+            "depth": 4,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_heads": 4,
+            "out_hidden_size": 512,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    ),
+    "8gb/smolvlm2-256m": (
+        {},
+        {
+            "num_hidden_layers": 4,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_attention_heads": 4,
+            "image_size": 128,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(OTHERS))
+def other(request, tmp_path_factory):
+    """As `middle`, of another family; pictures of 256 x 128 take 32 tokens or 3 tiles."""
+    shape = ROOT / "configs" / request.param
+    config = json.loads((shape / "config.json").read_text())
+    pixels = json.loads((shape / "preprocessor_config.json").read_text())
+    text, vision = OTHERS[request.param]
+    config["text_config"].update(
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=8192,
+        bos_token_id=256,
+        eos_token_id=259,
+        pad_token_id=261,
+        **text,
+    )
+    config["vision_config"].update(vision)
+    if "smolvlm" in request.param:
+        pixels.update(size={"longest_edge": 256}, max_image_size={"longest_edge": 128})
+    else:
+        pixels.update(size={"longest_edge": 256 * 128, "shortest_edge": 64 * 64})
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    overrides = [f"model.shape={folder}", "model.random_init=true", "model.device=cpu"]
+    cfg, *_ = load([str(ROOT / "configs" / "8gb" / "gp_vl.yaml"), *overrides])
+    made = (
+        Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+        plan.MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+    )
+    for policy in made:
+        policy.states_at_once = STATES_AT_ONCE["cuda"]
+        policy.sample_tokens = 10**9
+    return made
+
+
+def test_weights_of_other_families_are_counted_to_the_byte(other):
+    """A head that is the embeddings once more counts once."""
+    policy, m = other
+    real = [p for name, p in policy.base.named_parameters() if "lora_" not in name]
+    assert sum(m.weights.values()) == sum(stored(p) for p in real)
+    assert policy.parameters == m.parameters
+    assert sum(p.nbytes for p in m.trainable.values()) == sum(
+        p.nbytes for p in policy.trainable.values()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (256, 128)])
+def test_sampling_of_other_families(other, size):
+    policy, m = other
+    image = size and Image.new("RGB", size)
+    prompts = conversations(policy, 4, 100, image)
+    policy.sample(prompts, 1.0, None, 1)  # pictures are seen
+    tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
+    plan.sampling(m, prompts, 2)
+    compare(plan.sampling(m, prompts, 2), tracked, ("reading", "sampling"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (256, 128)])
+def test_update_of_other_families(other, size):
+    policy, m = other
+    image = size and Image.new("RGB", size)
+    sequences = conversations(policy, 4, 100, image, 1, 8)
+    answers(policy, sequences)
+    tracked = allocated(lambda: answers(policy, sequences))
+    plan.learning(m, sequences)
+    compare(plan.learning(m, sequences), tracked, ("scoring", "backward"))
+
+
+# ---------------------------------------------------------------- docs/models.md
+MODELS_PAGE = (ROOT / "docs" / "models.md").read_text()
+LINKED = re.findall(r"\]\(\.\./(configs/\S+\.yaml)\)", MODELS_PAGE)
+PLANNED = re.findall(  # (path, four figures) of each row that has them
+    r"\]\(\.\./(configs/\S+\.yaml)\)[^\n]*?((?: \d+\.\d \|){4})\n", MODELS_PAGE
+)
+PARAMETERS = {  # of the weights on the hub: the sizes of its files, in two or four bytes each
+    "8gb/qwen3-vl-2b": 2_127_532_032,
+    "16gb/qwen3-vl-4b": 4_437_815_808,
+    "8gb/smolvlm2-256m": 256_484_928,
+    "8gb/smolvlm2-500m": 507_482_304,
+    "8gb/smolvlm2-2.2b": 2_246_784_880,
+}
+
+
+@pytest.mark.parametrize("shape", list(PARAMETERS))
+def test_shapes_have_as_many_parameters_as_the_models(shape):
+    overrides = [f"model.shape=configs/{shape}", "model.quantization=none"]
+    cfg, *_ = load([str(ROOT / "configs" / "8gb" / "gp_l.yaml"), *overrides])
+    base = skeleton(cfg.model, AutoConfig.from_pretrained(ROOT / "configs" / shape))
+    assert sum(p.numel() for p in base.parameters()) == PARAMETERS[shape]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path, figures", PLANNED)
+def test_documented_plans_are_those_of_the_configurations(path, figures):
+    cfg, *_ = load([str(ROOT / path)])
+    peaks = [phase.peak[0] / GIB for phase in plan.budget(cfg).values()]
+    assert [f"{peak:.1f}" for peak in peaks] == re.findall(r"[\d.]+", figures)
+    assert max(peaks) <= cfg.model.memory - plan.MARGIN
+
+
+def test_every_configuration_of_a_card_is_documented():
+    shipped = [f"configs/{p.parent.name}/{p.name}" for p in ROOT.glob("configs/*gb/*.yaml")]
+    assert len(shipped) == 8 and sorted(LINKED) == sorted(shipped)
 
 
 # ---------------------------------------------------------------- the 11B by hand
