@@ -35,7 +35,9 @@ class PromptEncoder:
         question = {"role": "user", "content": QUESTION}
         before = self._text([question])
         whole = self._text([question, {"role": "assistant", "content": ANSWER}])
-        return whole[len(before):whole.index(ANSWER)] if whole.startswith(before) else ""
+        if not whole.startswith(before) or ANSWER not in whole:
+            return ""
+        return whole[len(before):whole.index(ANSWER)]
 
     def encode(self, observations):
         """Prompts of observations {"messages", "image"}, as Sequences without spans.

@@ -435,7 +435,7 @@ def test_an_image_processor_that_needs_torchvision_is_a_user_error(tmp_path, mon
 
     monkeypatch.setattr(AutoImageProcessor, "from_pretrained", refuse)
     with pytest.raises(UserError, match="the image processor of .* needs torchvision") as found:
-        loading.load_image_processor(tmp_path)
+        loading.load_image_processor(tmp_path, FAMILIES["mllama"])
     assert "\n" not in str(found.value)
 
 

@@ -296,7 +296,7 @@ def test_a_template_that_refuses_is_one_line(settings, llama, tmp_path, template
 def test_the_setting_reaches_the_template(settings, llama, tmp_path, thinking, ending):
     folder = with_template(llama, tmp_path, THINKING)
     policy = made(settings, folder, quantization="none", thinking=thinking)
-    assert policy.prompts._written([{"role": "user", "content": "1"}]).endswith(ending)
+    assert policy.prompts._text([{"role": "user", "content": "1"}]).endswith(ending)
     assert policy.decode([]) == ""
 
 
