@@ -17,9 +17,11 @@ Another model that works like one of them needs a line in FAMILIES; another way 
 class of some 40 lines (docs/new_family.md). A language model without images is a TextOnly.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -79,6 +81,10 @@ class CrossAttention:
         self.image_processor = image_processor
         self.dtype = base.dtype  # of the text
         self.image_token = base.config.image_token_index
+        tower = self.model.vision_model
+        for layer in [*tower.transformer.layers, *tower.global_transformer.layers]:
+            # transformers checkpoints the text's layers alone; a picture's take 10 GiB in the 11B
+            layer.forward = partial(_checkpointed, layer, layer.forward)
 
     def expand_image_tokens(self, ids, image):
         return ids
@@ -133,6 +139,14 @@ class CrossAttention:
                   "full_text_row_masked_out_mask": after_image[:, None, :, None]}  # (B, 1, T, 1)
         further = {"cross_attention_mask": bias}  # the image's keys and values are in the cache
         return TextInputs(prompt, further, torch.zeros_like(ids[:, :1]))
+
+
+def _checkpointed(layer, forward, **inputs):
+    """The layer's forward pass, done again on the way back in training mode, which is the mode of
+    gradient checkpointing here (Policy.score)."""
+    if layer.training and torch.is_grad_enabled():
+        return checkpoint(forward, use_reentrant=False, **inputs)
+    return forward(**inputs)
 
 
 class Inline:

@@ -508,6 +508,24 @@ def test_score_does_not_use_what_sampling_saw(make_policy):
 
 
 # ---------------------------------------------------------------- which parts learn
+def test_a_tower_that_learns_is_checkpointed_too(make_policy, turns):
+    """transformers does it for the text alone. The gradients are the same, less is kept."""
+    kept, found = [], []
+    for checkpointing in (False, True):
+        policy, alive = make_policy(gradient_checkpointing=checkpointing, tune=TUNED[-1]), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, alive=alive: alive.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            policy.net.train(checkpointing)  # as in Policy.score
+            policy._features([t.prompt.image for t in turns[:4]])
+            policy.net.eval()
+        kept.append(sum(t.nbytes for t in alive.values()))
+        policy.score([alone(t) for t in turns[:4]], 0.7)["logprobs"].sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable.values()]))
+    assert kept[1] < kept[0] / 2
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
 def test_float16_sees_in_float32(make_policy, turns):
     """A tower some of whose numbers exceed float16's 65504; norms bring them back. The features are
     float16 again, and so is the text.
