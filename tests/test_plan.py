@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 import plan
+from lib import head
 from lib.random_weights import skeleton
 from lib.settings import UserError, load
 from lib.batching import Sequence
@@ -30,6 +31,12 @@ from policy import STATES_AT_ONCE, Policy
 
 LARGE = ROOT / "configs" / "11b"
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def head_in_many_parts(monkeypatch):
+    """As of a real model's output layer, only a small part is float32 at a time."""
+    monkeypatch.setattr(head, "WEIGHTS_AT_ONCE", 2**18)
 
 
 # ---------------------------------------------------------------- a middle-sized Mllama
