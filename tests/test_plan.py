@@ -349,8 +349,8 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
         slow("middle", DENSE32, 4, 100, 1, 8, None, True, "backward"),
         slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
         slow("middle", FULL, 4, 100, 1, 8, None, False, ("scoring", "backward")),
-        ("middle", VISION, 2, 40, 1, 8, TALL, True, "backward"),
-        slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, "backward"),
+        ("middle", VISION, 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
+        slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
     ],
 )
 def test_update(
