@@ -24,6 +24,7 @@ from policy import STATES_AT_ONCE, Policy
 from lib.batching import Sequence
 from lib.images import PATCHES_AT_ONCE
 from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
+from lib.loading import reads_text_alone
 from lib.settings import UserError, find_model, load, run_main
 from rollout import make_env
 
@@ -59,7 +60,7 @@ class MetaPolicy(Policy):
                     "gradient_checkpointing": True}
         with init_empty_weights():
             super().__init__(SimpleNamespace(**settings), lora, value_hidden)
-        self.weights = self._bytes_of_weights(model.dtype)
+        self.weights = self._bytes_of_weights()
         self.forbidden = torch.zeros(len(self.forbidden), dtype=torch.bool)
         self.end_tokens = torch.tensor([-1])  # no answer ends early
         self.sample_tokens = 10**9  # one batch
@@ -69,7 +70,7 @@ class MetaPolicy(Policy):
                                *self.value_head.parameters()])
         self.counted = {}
 
-    def _bytes_of_weights(self, dtype):
+    def _bytes_of_weights(self):
         patterns = {"lm_head": "lm_head", "embeddings": ".*embed_tokens", **self.family.parts,
                     "rest": ""}
         sizes = {}
@@ -78,7 +79,8 @@ class MetaPolicy(Policy):
                 continue
             part = next(part for part, pattern in patterns.items() if re.match(pattern, name))
             in_4bit = isinstance(weight, Params4bit)
-            kind = f"{part}, nf4" if in_4bit else f"{part}, {dtype}"
+            precision = "nf4" if in_4bit else str(weight.dtype).removeprefix("torch.")
+            kind = f"{part}, {precision}"
             size = nf4_bytes(weight.numel()) if in_4bit else weight.nbytes
             sizes[kind] = sizes.get(kind, 0) + size
         return sizes
@@ -108,7 +110,10 @@ def shape_of(model):
     if model.random_init or not os.path.isdir(folder):
         key, folder = "shape", find_model(model.shape)
     files = os.listdir(folder) if os.path.isdir(folder) else []
-    for kind in (("config.json",), ("preprocessor_config.json", "processor_config.json")):
+    needed = [("config.json",), ("preprocessor_config.json", "processor_config.json")]
+    if "config.json" in files and reads_text_alone(folder):
+        needed.pop()
+    for kind in needed:
         if not any(name in files for name in kind):  # transformers writes either of the latter
             raise UserError(f"model.{key}: no {kind[0]} in {getattr(model, key)!r}")
     return f"model.{key}", folder

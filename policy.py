@@ -27,6 +27,7 @@ from functools import partial
 from lib.batching import micro_batches
 from lib.decoding import Decoding, join, truncated
 from lib.families import text_only
+from lib.head import logits_in_float32
 from lib.images import ImageFeatures
 from lib.loading import load_base
 from lib.lora import add_lora, learn_densely, lora_layers, merged_weights
@@ -39,6 +40,7 @@ from lib.weights import load_weights, save_merged, save_weights
 
 import torch
 import transformers
+from transformers import DynamicCache
 from torch.utils.checkpoint import checkpoint
 
 transformers.utils.logging.disable_progress_bar()
@@ -112,6 +114,7 @@ class Policy:
         tokens: processed so far, by PHASES; images are counted in patches.
         beyond: tokens that the official code would count in addition (`official_flops`).
         exact: sampling and scoring agree to rounding; in 16 bits they do not (see rl.py).
+        scaler: of the loss, for `training.clipped_step`.
     Raises: UserError for a model that cannot be loaded or a device that is not there.
     """
 
@@ -130,7 +133,10 @@ class Policy:
         width = self.base.config.get_text_config().hidden_size
         self.value_head = ValueHead(width, value_hidden).to(self.device)
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
-        self.exact = self.base.dtype == torch.float32
+        self.dtype = getattr(torch, model.dtype)  # of the text; see families.parts_in_float32
+        self.exact = self.dtype == torch.float32
+        # without effect but in float16, whose gradients would vanish: see lib/training.py
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.dtype == "float16")
         self.tokens = dict.fromkeys(PHASES, 0)
         self.beyond = {"train": 0, "inference": 0}
         if self.exact and self.merge_for_sampling:  # there is room for dense weights
@@ -140,6 +146,7 @@ class Policy:
         self._set_up_text(model)
         self._set_up_images(model)
         self.in_inference = False
+        self.values_alone = False
         self.net.eval()
 
     def _count_parameters(self):
@@ -159,7 +166,7 @@ class Policy:
             spellable = torch.tensor(self.prompts.spellable, device=self.device)
             forbidden = ~torch.isin(vocabulary, spellable)  # what is sampled must read back
         else:
-            self.prompts = PromptEncoder(self.tokenizer, self.family)
+            self.prompts = PromptEncoder(self.tokenizer, self.family, model.thinking)
         self.max_new_tokens = model.answer_tokens if model.random_init else model.max_new_tokens
         self.forbidden = forbidden  # (V,) bool
         ends = self.base.generation_config.eos_token_id  # one, several or None
@@ -181,8 +188,8 @@ class Policy:
         return self.prompts.encode_answers(texts)
 
     def decode(self, ids):
-        """Text of answer ids."""
-        return self.prompts.decode(ids)
+        """Text of answer ids, thoughts included (lib/answers.final_answer leaves them out)."""
+        return self.prompts.opened + self.prompts.decode(ids)
 
     # ------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -279,7 +286,9 @@ class Policy:
         ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)  # (rows, T)
         inputs = self._text_inputs(ids, mask, features)
-        out = self.family.text_model(attention_mask=mask, use_cache=True, **inputs.prompt)
+        cache = DynamicCache()  # of whole prompts, where a model's own may keep a window alone
+        out = self.family.text_model(attention_mask=mask, use_cache=True, past_key_values=cache,
+                                     **inputs.prompt)
         decoding = Decoding(self.family.text_model, out.past_key_values, mask, inputs)
         return out.last_hidden_state[:, -1].clone(), decoding  # (rows, T, C) -> (rows, C)
 
@@ -332,7 +341,7 @@ class Policy:
         """ids (B, T) and final hidden states (B, T, C) of whole conversations."""
         ids, mask = pad_right(sequences, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)
-        learning = torch.is_grad_enabled()
+        learning = self._learning()
         self.tokens["train" if learning else "inference"] += sum(len(s.ids) for s in sequences)
         # layers are checkpointed in training mode alone; nothing else differs by it
         checkpointed = learning and self.checkpointing
@@ -354,7 +363,7 @@ class Policy:
         def logprobs_of(hidden, ids):
             return token_logprobs(self._logits(hidden), ids, temperature)
 
-        if torch.is_grad_enabled() and self.checkpointing:
+        if self._learning() and self.checkpointing:
             logprobs_of = partial(checkpoint, logprobs_of, use_reentrant=False)
         chunk = max(1, LOGITS_AT_ONCE // len(self.forbidden))
         logprobs, entropies = [], []
@@ -367,7 +376,9 @@ class Policy:
     # ------------------------------------------------------------ what both do
     def _logits(self, hidden):
         """(..., C) -> (..., V) in fp32; what may never be sampled has no probability."""
-        return self.base.lm_head(hidden).float().masked_fill(self.forbidden, -torch.inf)
+        head = self.base.lm_head
+        logits = head(hidden) if self.exact else logits_in_float32(head, hidden)
+        return logits.masked_fill(self.forbidden, -torch.inf)
 
     def _text_inputs(self, ids, mask, features):
         """How the text model reads prompts (B, T): families.TextInputs."""
@@ -387,8 +398,9 @@ class Policy:
             raise ValueError("a batch cannot mix prompts with and without an image")
         may_recall = self.in_inference or self.vision_is_frozen
         encode = self.images.recall if may_recall else self.images.encode
-        features, patches = encode(images)
-        learning = torch.is_grad_enabled() and not may_recall
+        with self._vision_precision():
+            features, patches = encode(images)
+        learning = self._learning() and not may_recall
         self.tokens["train_patches" if learning else "inference_patches"] += patches
         return features
 
@@ -403,7 +415,22 @@ class Policy:
 
     def _autocast(self):
         """A 16-bit base computes LoRA in its own dtype, whose weights and gradients are fp32."""
-        return torch.autocast(self.device.type, self.base.dtype, enabled=not self.exact)
+        return torch.autocast(self.device.type, self.dtype, enabled=not self.exact)
+
+    def _vision_precision(self):
+        """Vision that is in float32 beside a text in float16 computes so."""
+        widened = self.dtype == torch.float16 and getattr(self.family, "parts_in_float32", ())
+        return torch.autocast(self.device.type, enabled=False) if widened else nullcontext()
+
+    def _learning(self):
+        """Whether a gradient is to reach the model's own weights."""
+        return torch.is_grad_enabled() and not self.values_alone
+
+    def learn(self, values_alone):
+        """From now on all learns, or the value head alone, while the model is only read."""
+        self.values_alone = values_alone
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(not values_alone)
 
     # ------------------------------------------------------------ weights
     def flops(self):

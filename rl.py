@@ -6,34 +6,35 @@ Paper Sec. 3, App. B/C. A stopped run goes on to the same numbers: a checkpoint 
 optimiser, token counts and each open episode's seed and answers, which are replayed; random numbers
 follow from run.seed and the step (`seeded`); what was logged after the checkpoint is dropped.
 
-Deviations from the paper, each a YAML key: LoRA on a 4-bit base (so larger learning rates), a value
-head on detached features with a learning rate of its own, a KL penalty to the start, scaled rewards
-(docs/differences.md). SFT and PPO of one seed draw the same hands.
+Deviations (docs/differences.md), each a YAML key: LoRA on a 4-bit base, a value head on detached
+features with a rate of its own, a KL penalty, scaled rewards. SFT and PPO draw the same hands.
 
 Logged per update (metrics.jsonl):
   reward (mean per answer, paper's points), success (share of hands, or positions, solved within the
   attempts allowed), first_attempt (share of first attempts that are right), per_step (of all
   answers), recognition (share of first attempts that report the right observation), answers
   (category shares), all as if each hand were played to its end (rollout.outcome); spread (of the
-  advantages, before they are normalised), steps (of the optimiser), stopped (the key that ended
-  the update early, or null), kl_old (mean of ratio - 1 - log ratio over answers: KL(old || policy),
-  prefix weighted), kl_start (half the squared log-ratio to the start, summed over an answer),
-  clip_fraction (of ratios), entropy (nats per token), explained_variance (of returns by values),
-  value_loss (mean square), ratio_gap (mean |ratio - 1| before the first step), sampler_gap (the
-  same between what was sampled and the old log-probs, which 16 bits make anew), grad_norm (before
-  clipping; without the value head, which is not clipped), tokens, gflops (so far, paper's formulas,
-  Init included), seconds, peak_memory_gib.
+  advantages, before they are normalised), steps (of the optimiser), skipped (those that float16
+  overflowed), stopped (the key that ended the update early, or null), kl_old (mean of ratio - 1 -
+  log ratio over answers: KL(old || policy), prefix weighted), kl_start (half the squared log-ratio
+  to the start, summed over an answer), clip_fraction (of ratios), entropy (nats per token),
+  explained_variance (of returns by values), value_loss (mean square), ratio_gap (mean |ratio - 1|
+  before the first step), sampler_gap (the same between what was sampled and the old log-probs,
+  which 16 bits make anew), ratio_noise (root mean square log-ratio of answers: in that gap, over
+  before the last step; above 1 rounding hides what was learned), grad_norm (unclipped, without the
+  value head), tokens, gflops (so far, with Init), seconds, peak_memory_gib.
 """
 from collections import Counter
 
 import torch
 
 from lib.batching import micro_batches, sequences_of, shuffled_epochs
+from lib.loading import check_reads_images
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Batch, Meter, answer_logprobs, begin_at, clipped_step, load_checkpoint, normalized,
+    Batch, Meter, answer_logprobs, backward, begin_at, clipped_step, load_checkpoint, normalized,
     ppo_statistics, save_checkpoint, seeded, set_learning_rates, spread_of, sum_per_turn,
     token_weights, too_far)
 from policy import Policy
@@ -123,6 +124,7 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
             "entropy": turn_entropy.sum().item(), "clipped": clipped.item(),
             "kl_old": (ratio - 1 - turn_log_ratio).sum().item(), "kl_start": kl_start.item(),
             "ratio_gap": (ratio - 1).abs().sum().item(),
+            "log_ratio_squared": turn_log_ratio.square().sum().item(),
             "exploded": (ratio > ppo.max_ratio).sum().item()}
     return loss / size.turns, sums
 
@@ -162,7 +164,7 @@ def update(policy, optimizer, batch, ppo, generator):
 def minibatch_step(policy, optimizer, batch, minibatch, ppo):
     """One optimiser step, a micro-batch at a time; none if the policy has moved too far.
 
-    Returns: sums of `ppo_loss`; grad_norm; stopped: the key that forbids the step, or None.
+    Returns: sums of `ppo_loss`; grad_norm; skipped: 0 or 1; stopped: the key that forbids it.
     Raises: UserError if the loss or its gradient is not finite, before the weights change.
     """
     size = batch.size(minibatch)
@@ -175,14 +177,15 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
             new=scored["logprobs"], old=known.old, start=known.start, weights=known.weights,
             turn_of=scored["answer"], advantages=known.advantages, values=scored["values"],
             returns=known.returns, entropy=scored["entropy"], ppo=ppo, size=size)
-        loss.backward()
+        backward(policy, loss)
         sums.update(part)
     sums["stopped"] = too_far(sums, ppo)
     if sums["stopped"]:
         return sums
     total = sums["policy_loss"] + sums["value_loss"]  # finite if the loss is
-    sums["grad_norm"] = clipped_step(policy, optimizer, ppo.max_grad_norm, total,
-                                     "the PPO loss is not finite; lower ppo.lr or ppo.value_lr")
+    norm = clipped_step(policy, optimizer, ppo.max_grad_norm, total,
+                        "the PPO loss is not finite; lower ppo.lr or ppo.value_lr")
+    sums.update(grad_norm=norm or 0.0, skipped=int(norm is None))
     return sums
 
 
@@ -200,6 +203,7 @@ def main(arguments):
     ppo = cfg.ppo
     envs = [make_env(cfg.env, ppo.verify_iters) for _ in range(ppo.envs)]
     play = Play(envs, training_seeds(cfg.run.seed), spread=True)
+    check_reads_images(cfg.model, play.episodes[0].observation)
     run = Run("rl", raw, overrides)
     if not run.goes_on("rl.py", cfg):
         return
@@ -234,16 +238,16 @@ def main(arguments):
                 rollout.last_values, ppo.gamma, ppo.lam)
 
             bar.set_description("update")
-            turns = rollout.turns  # T x N
+            policy.learn(values_alone=step < ppo.value_warmup)
             with within_memory("training", cfg, "ppo.micro_tokens",
                                "model.gradient_checkpointing=true"):
-                batch = prepare(policy, turns, advantages.flatten(), returns.flatten(), ppo,
+                batch = prepare(policy, rollout.turns, advantages.flatten(), returns.flatten(), ppo,
                                 envs[0].answer_key, start)
                 learned = update(policy, optimizer, batch, ppo, shuffler)
             optimizer.zero_grad()  # rollouts have a use for the memory
-            record = {"step": step + 1, **outcome(turns), **learned, **meter.spent()}
+            record = {"step": step + 1, **outcome(rollout.turns), **learned, **meter.spent()}
             run.log("metrics", record)
-            for turn in turns[::len(turns) // 8 + 1]:  # of other environments and times each
+            for turn in rollout.turns[::ppo.turns * ppo.envs // 8 + 1]:  # of other slots and times
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})
             bar.set_postfix_str(f"{summary(record)} {meter.rate()}", refresh=False)
 

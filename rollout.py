@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from environments import make_env
+from lib.answers import final_answer
 from lib.batching import Sequence
 
 EVAL_SEEDS = 2**48  # evaluation seeds start here: no training seed reaches it
@@ -29,7 +30,7 @@ class Turn:
     answer: list  # ids of v_out, (A,)
     logprobs: torch.Tensor  # (A,) under the sampling distribution
     value: float  # V(v_in)
-    text: str  # v_out
+    text: str  # v_out without thoughts
     reward: float  # in the paper's points
     done: bool  # solved or out of attempts
     solved: bool
@@ -81,7 +82,8 @@ class Play:
         answers = policy.sample(prompts, temperature, generator)
         turns = []
         for slot, prompt, answer in zip(slots, prompts, answers):
-            turns.append(self._step(slot, prompt, answer, policy.decode(answer.ids)))
+            text = final_answer(policy.decode(answer.ids))
+            turns.append(self._step(slot, prompt, answer, text))
         return turns
 
     def _step(self, slot, prompt, answer, text):

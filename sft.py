@@ -8,8 +8,8 @@ of the bare base, as PPO does. The loss is on the expert's answer tokens alone. 
 > 0 the prompt holds wrong attempts and the verifier's texts before the expert's answer (the paper's
 sub-optimal trajectories); they carry no loss.
 
-Logged per step (metrics.jsonl): loss (nats per answer token), grad_norm, lr, tokens, gflops,
-seconds, peak_memory_gib.
+Logged per step (metrics.jsonl): loss (nats per answer token), grad_norm, skipped (true: float16
+overflowed, no step was made), lr, tokens, gflops, seconds, peak_memory_gib.
 """
 import itertools
 import random
@@ -17,11 +17,12 @@ import random
 import torch
 
 from lib.batching import micro_batches
+from lib.loading import check_reads_images
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Meter, begin_at, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
+    Meter, backward, begin_at, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
 from policy import Policy
 from rollout import make_env, training_seeds
 
@@ -50,7 +51,7 @@ def sft_batch(policy, env, seeds, mistakes):
 def train_step(policy, optimizer, batch, sft):
     """One optimiser step on the mean negative log-prob per answer token.
 
-    Returns: (loss in nats per answer token, gradient norm before clipping).
+    Returns: (loss in nats per answer token, gradient norm before clipping, None without a step).
     Raises: UserError if one of them is not finite; the weights are then unchanged.
     """
     answer_tokens = sum(end - start for sequence in batch for start, end in sequence.spans)
@@ -59,7 +60,7 @@ def train_step(policy, optimizer, batch, sft):
     for group in micro_batches([(sequence,) for sequence in batch], sft.micro_tokens):
         scored = policy.score([sequence for sequence, in group])
         part = -scored["logprobs"].sum() / answer_tokens
-        part.backward()
+        backward(policy, part)
         loss += part.item()
     norm = clipped_step(policy, optimizer, sft.max_grad_norm, loss,
                         "the SFT loss is not finite; lower sft.lr")
@@ -71,6 +72,7 @@ def main(arguments):
     cfg, raw, overrides = load(arguments)
     sft = cfg.sft
     env = make_env(cfg.env, sft.mistakes + 1)  # so that an episode outlives its mistakes
+    check_reads_images(cfg.model, env.reset(0)[0])
     run = Run("sft", raw, overrides)
     if not run.goes_on("sft.py", cfg):
         return
@@ -97,8 +99,8 @@ def main(arguments):
                 loss, norm = train_step(policy, optimizer, batch, sft)
 
             lr = optimizer.param_groups[0]["lr"]
-            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
-                      **meter.spent()}
+            record = {"step": step + 1, "loss": loss, "grad_norm": norm, "skipped": norm is None,
+                      "lr": lr, **meter.spent()}
             run.log("metrics", record)
             bar.set_postfix_str(f"loss {loss:.3f} {meter.rate()}", refresh=False)
 

@@ -8,8 +8,18 @@ from itertools import islice
 
 MAX_ANSWER = 10_000  # characters read of an answer
 MAX_TRIES = 10  # places in a text where the value of one key is looked for
+THOUGHT, END_OF_THOUGHT = "<think>", "</think>"  # as Qwen3, SmolLM3 and DeepSeek-R1 write them
+CUT_OFF = "(no answer: the thoughts were cut off)"  # stands for the answer
 QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"([^\"]*)\"", re.DOTALL)
 LISTED = re.compile(r"\[([^\]]*)\]")
+
+
+def final_answer(text):
+    """What a model answers after its thoughts, which never count; CUT_OFF if they do not end."""
+    thoughts, end, answer = text.rpartition(END_OF_THOUGHT)
+    if THOUGHT in answer:
+        return CUT_OFF
+    return answer.lstrip() if end else answer
 
 
 def _plain_keys(pairs):

@@ -1,8 +1,9 @@
-"""What is peculiar to a family of vision-language models: how its text sees an image.
+"""What is peculiar to a family of models: how its text sees an image, if it sees any.
 
-A family is a class with
+A family is a class, made of (base, image_processor, tokenizer), with
 
     parts                               {part: pattern of its parameters' names}, for model.tune
+    parts_in_float32                    those that float16 may overflow, if there are any
     text_model                          the module that reads text and returns hidden states
     image_token                         id of the token that stands for an image in a prompt
     expand_image_tokens(ids, image)     prompt ids with as many image tokens as the image takes
@@ -13,15 +14,28 @@ A family is a class with
     text_inputs(ids, mask, features)    how the text model reads whole prompts: TextInputs
 
 Another model that works like one of them needs a line in FAMILIES; another way of seeing needs a
-class of some 40 lines (docs/new_family.md).
+class of some 40 lines (docs/new_family.md). A language model without images is a TextOnly.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
-from transformers import BitsAndBytesConfig
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from lib.settings import UserError
+
+AROUND = "<fake_token_around_image>"  # around each tile of SmolVLM
+TILE_NAMES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 
 
 @dataclass
@@ -47,18 +61,30 @@ def text_only(ids, mask):
     return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
 
 
+def with_images(family, ids, images):
+    """Embeddings (B, T, C) of ids (B, T), those of images, (tokens, C) each, in their places."""
+    embedded = family.model.get_input_embeddings()(ids)
+    images = torch.cat(images).to(embedded.dtype)  # (all image tokens, C)
+    return embedded.masked_scatter((ids == family.image_token)[:, :, None], images)
+
+
 class CrossAttention:
     """Llama-3.2-Vision (Mllama): layers of their own let the text attend to one image's states."""
     parts = {"language": "model.language_model|lm_head",
              "projector": "model.multi_modal_projector",
              "vision": "model.vision_model"}
+    parts_in_float32 = ("projector", "vision")
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
-        self.dtype = base.dtype
+        self.dtype = base.dtype  # of the text
         self.image_token = base.config.image_token_index
+        tower = self.model.vision_model
+        for layer in [*tower.transformer.layers, *tower.global_transformer.layers]:
+            # transformers checkpoints the text's layers alone; a picture's take 10 GiB in the 11B
+            layer.forward = partial(_checkpointed, layer, layer.forward)
 
     def expand_image_tokens(self, ids, image):
         return ids
@@ -79,10 +105,11 @@ class CrossAttention:
         pixels = self._pixels(images)
         tiles = pixels["aspect_ratio_mask"].sum((1, 2)).tolist()
         pixels = pixels.to(self.model.device)
-        tower = self.model.vision_model(pixel_values=pixels["pixel_values"].to(self.dtype),
-                                        aspect_ratio_ids=pixels["aspect_ratio_ids"],
-                                        aspect_ratio_mask=pixels["aspect_ratio_mask"])
-        states = self.model.multi_modal_projector(tower.last_hidden_state)
+        tower = self.model.vision_model
+        seen = tower(pixel_values=pixels["pixel_values"].to(tower.dtype),
+                     aspect_ratio_ids=pixels["aspect_ratio_ids"],
+                     aspect_ratio_mask=pixels["aspect_ratio_mask"])
+        states = self.model.multi_modal_projector(seen.last_hidden_state).to(self.dtype)
         states = states.squeeze(1)  # (B, 1, tiles, patches, C) -> (B, tiles, patches, C)
         return [(state[:used].clone(),) for state, used in zip(states, tiles)]
 
@@ -114,16 +141,26 @@ class CrossAttention:
         return TextInputs(prompt, further, torch.zeros_like(ids[:, :1]))
 
 
+def _checkpointed(layer, forward, **inputs):
+    """The layer's forward pass, done again on the way back in training mode, which is the mode of
+    gradient checkpointing here (Policy.score)."""
+    if layer.training and torch.is_grad_enabled():
+        return checkpoint(forward, use_reentrant=False, **inputs)
+    return forward(**inputs)
+
+
 class Inline:
     """Qwen2.5-VL and Qwen3-VL: an image's patches stand among the text tokens, in 3-D positions."""
     parts = {"language": "model.language_model|lm_head",
              "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
+    parts_in_float32 = ("projector", "vision")
 
-    def __init__(self, base, image_processor):
+    def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
         self.text_model = base.model.language_model
         self.image_processor = image_processor
+        self.dtype = base.dtype  # of the text
         self.image_token = base.config.image_token_id
         self.patches_per_token = image_processor.merge_size ** 2
 
@@ -148,11 +185,12 @@ class Inline:
         out = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"],
                                             return_dict=True)
         sizes = [len(embeddings) for embeddings in out.pooler_output]
-        deeper = []
+        layers = [out.pooler_output]
         for layer in getattr(out, "deepstack_features", ()):
             # one tensor in transformers 5.17, already split by image in 5.23
-            deeper.append(layer.split(sizes) if torch.is_tensor(layer) else layer)
-        return list(zip(out.pooler_output, grids, *deeper))
+            layers.append(layer.split(sizes) if torch.is_tensor(layer) else layer)
+        embeddings, *deeper = [[each.to(self.dtype) for each in layer] for layer in layers]
+        return list(zip(embeddings, grids, *deeper))
 
     def count_patches(self, features):
         grid = features[1]  # (3,)
@@ -162,9 +200,7 @@ class Inline:
         """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
         embeddings, grids, *deeper = zip(*features)
         is_image = ids == self.image_token  # (B, T)
-        embedded = self.model.get_input_embeddings()(ids)  # (B, T, C)
-        images = torch.cat(embeddings).to(embedded.dtype)  # (all image tokens, C)
-        embedded = embedded.masked_scatter(is_image[:, :, None], images)
+        embedded = with_images(self, ids, embeddings)
         where, offset = self.model.get_rope_index(
             ids, is_image.int(), image_grid_thw=torch.stack(grids).to(ids.device),
             attention_mask=mask)
@@ -175,15 +211,143 @@ class Inline:
         return TextInputs(prompt, {}, offset)
 
 
-FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline}  # by model_type
+class Tiled:
+    """SmolVLM and SmolVLM2 (Idefics3): an image is cut into rows and columns of tiles, a small copy
+    of the whole follows, and each tile stands among the text tokens after one that names it."""
+    parts = {"language": "model.text_model|lm_head",
+             "projector": "model.connector",
+             "vision": "model.vision_model"}
+    parts_in_float32 = ("projector", "vision")
+    special_tokens = [AROUND, "<global-img>", *TILE_NAMES]  # a dry run's tokenizer lacks them
+
+    def __init__(self, base, image_processor, tokenizer):
+        self.model = base.model
+        self.text_model = base.model.text_model
+        self.dtype = base.dtype  # of the text
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.image_token = base.config.image_token_id
+        self.patches_per_token = base.config.scale_factor ** 2
+        self.tile_tokens = self.model.vision_model.embeddings.num_patches // self.patches_per_token
+        self.tile_ids = {}  # (width, height) of an image -> ids of all its tiles
+
+    def expand_image_tokens(self, ids, image):
+        if image is None:
+            return ids
+        place = ids.index(self.image_token)
+        return ids[:place] + self._tile_ids(image) + ids[place + 1:]
+
+    def _tile_ids(self, image):
+        if image.size not in self.tile_ids:
+            pixels = self.image_processor([[image]], return_row_col_info=True)
+            text = self._tile_text(pixels["rows"][0][0], pixels["cols"][0][0])
+            self.tile_ids[image.size] = self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tile_ids[image.size]
+
+    def _tile_text(self, rows, columns):
+        """As the library's processor writes it, which needs packages for video; no rows: not cut.
+
+        What names a tile is a token in SmolVLM2, and spelt out in the first SmolVLM."""
+        tile = self.tokenizer.convert_ids_to_tokens(self.image_token) * self.tile_tokens
+        text = ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                text += f"{AROUND}<row_{row}_col_{column}>{tile}"
+            text += "\n"
+        if rows:
+            text += "\n"
+        return f"{text}{AROUND}<global-img>{tile}{AROUND}"
+
+    def image_patches(self, image):
+        return self._tile_ids(image).count(self.image_token) * self.patches_per_token
+
+    tower_patches = image_patches
+
+    def encode_images(self, images):
+        """Per image (embeddings (tokens, C),), its tiles one after the other."""
+        pixels = self.image_processor([[image] for image in images], return_tensors="pt")
+        values = pixels["pixel_values"]  # (B, most tiles, 3, height, width)
+        used = pixels["pixel_attention_mask"].flatten(2).sum(2).count_nonzero(1).tolist()
+        tiles = torch.cat([image[:count] for image, count in zip(values, used)])
+        tiles = tiles.to(self.model.device, self.model.vision_model.dtype)
+        side = self.model.vision_model.embeddings.num_patches_per_side
+        whole = torch.ones(len(tiles), side, side, dtype=torch.bool, device=tiles.device)
+        tower = self.model.vision_model(pixel_values=tiles, patch_attention_mask=whole)
+        embeddings = self.model.connector(tower.last_hidden_state)  # (all tiles, tokens, C)
+        return [(image.flatten(0, 1).to(self.dtype),) for image in embeddings.split(used)]
+
+    def count_patches(self, features):
+        return len(features[0]) * self.patches_per_token
+
+    def text_inputs(self, ids, mask, features):
+        """TextInputs of prompts (B, T): image embeddings in the places of the image tokens."""
+        embedded = with_images(self, ids, [embeddings for embeddings, in features])
+        prompt = {"inputs_embeds": embedded, "position_ids": positions(mask)}
+        return TextInputs(prompt, {}, torch.zeros_like(ids[:, :1]))
+
+
+NO_PICTURES = ("model.path: this model reads text alone; for a task with pictures name a "
+               "vision-language model, or take the task in words (env.image_size=null)")
+
+
+class TextOnly:
+    """Any language model of AutoModelForCausalLM: Llama, Qwen3, SmolLM2 (a Llama), Gemma.
+
+    The whole model is the part `language`. No image can reach it: Raises UserError.
+    """
+    parts = {"language": ""}
+    image_token = -1  # no token has this id
+
+    def __init__(self, base, image_processor, tokenizer):
+        self.base = base
+        self.text_model = base.base_model
+
+    def expand_image_tokens(self, ids, image):
+        if image is not None:
+            raise UserError(NO_PICTURES)
+        return ids
+
+    def image_patches(self, image):
+        raise UserError(NO_PICTURES)
+
+    tower_patches = image_patches
+
+    @torch.no_grad()
+    def check_logits(self):
+        """The policy reads logits off lm_head; some models scale or cap them afterwards.
+
+        Raises: UserError for such a model.
+        """
+        ids = torch.arange(1, 9, device=self.base.device)[None]  # (1, T)
+        hidden = self.text_model(input_ids=ids).last_hidden_state  # (1, T, C)
+        head = getattr(self.base, "lm_head", None)
+        wanted = self.base(input_ids=ids).logits  # (1, T, V)
+        if head is None or not torch.allclose(head(hidden), wanted, rtol=0.01, atol=0.01):
+            raise UserError(f"model.path: the logits of a {self.base.config.model_type} are more "
+                            "than its lm_head's (capped or scaled): not supported")
+
+
+FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline, "idefics3": Tiled,
+            "smolvlm": Tiled}  # by model_type
 
 
 def family_of(config):
-    """The class of FAMILIES for a model's configuration. Raises: UserError."""
-    if config.model_type not in FAMILIES:
-        raise UserError(f"model.path: {config.model_type} is none of the known families, "
-                        f"{', '.join(FAMILIES)} (lib/families.py)")
-    return FAMILIES[config.model_type]
+    """The family's class for a model's configuration. Raises: UserError."""
+    kind = config.model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    sees = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees:
+        return TextOnly
+    raise UserError(f"model.path: {kind} is none of the known families, {', '.join(FAMILIES)} "
+                    "(lib/families.py), and no language model without images")
+
+
+def auto_class(config):
+    """transformers' Auto class that loads a model of this configuration. Raises: UserError."""
+    if family_of(config) is TextOnly:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def quantization(model, config):

@@ -15,7 +15,12 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lib import head
+
 aten = torch.ops.aten
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default,
+            aten._unsafe_index.Tensor, aten._unsafe_index_put.default,
+            aten._index_put_impl_.default)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -64,6 +69,8 @@ class LiveBytes(TorchDispatchMode):
             return 0.0
         if function is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if function in INDEXING:
+            args = (args[0], _places(args[1]), *args[2:])
         if not all(t.is_meta for t in _tensors([*args, *kwargs.values()])):
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         result = self._on_meta(function, args, kwargs)
@@ -109,6 +116,15 @@ class LiveBytes(TorchDispatchMode):
         self.peaks[self.moment] = max(self.peaks.get(self.moment, 0), self.living)
 
 
+def _places(indices):
+    """Indices without masks: how many elements these choose depends on their values."""
+    places = []
+    for index in indices:
+        is_mask = index is not None and index.dtype == torch.bool
+        places += index.nonzero(as_tuple=True) if is_mask else [index]
+    return places
+
+
 def _form(value):
     """Of an argument of an operation, what the forms of its results depend on."""
     if isinstance(value, torch.Tensor):
@@ -128,8 +144,10 @@ def _tensors(values):
 @contextmanager
 def meta_kernels():
     """Inside, attention is fused as on a CPU or GPU, where meta tensors would make whole matrices,
-    and autocast, which they do not have, casts the weights of linear layers."""
-    with (mock.patch.object(functional, "scaled_dot_product_attention", _attention),
+    autocast, which they do not have, casts the weights of linear layers, and an output layer in 4
+    bits is dequantised."""
+    with (mock.patch.object(head, "dense", _dense_head),
+          mock.patch.object(functional, "scaled_dot_product_attention", _attention),
           mock.patch.object(functional, "linear", _autocast_linear),
           mock.patch.object(torch, "autocast", _Autocast)):
         yield
@@ -141,6 +159,11 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
     return aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _dense_head(layer):
+    in_4bit = isinstance(layer, Linear4bit)
+    return torch.empty_like(layer.weight) if in_4bit else layer.weight.data
 
 
 class _Autocast:

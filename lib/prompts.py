@@ -1,18 +1,43 @@
 """Observations and answers as token ids, by the model's own chat template."""
+from jinja2 import TemplateError
+
+from lib.answers import THOUGHT
 from lib.batching import Sequence
+from lib.settings import UserError, one_line
 
 # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 DATE = "26 Jul 2024"
+QUESTION, ANSWER = "a question", "an answer"
 
 
 class PromptEncoder:
-    """Args: tokenizer: of the model; family: as in lib/families.py."""
+    """Args: tokenizer: of the model; family: as in lib/families.py; thinking: cfg.model.thinking.
 
-    def __init__(self, tokenizer, family):
+    Attributes: opened: what of an answer the template writes itself: "<think>" or nothing;
+    in_parts: the template would drop a message that is a plain string (SmolVLM's); lead: what it
+    writes between the start of the model's turn and an answer (SmolVLM's: a space).
+    Raises: UserError if the chat template refuses a conversation.
+    """
+
+    def __init__(self, tokenizer, family, thinking):
         self.tokenizer = tokenizer
         self.family = family
+        self.thinking = thinking
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = [token.content for token in added if token.special]
+        self.in_parts = False
+        self.in_parts = QUESTION not in self._text([{"role": "user", "content": QUESTION}])
+        self.lead = self._lead()
+        prompt = self._text([{"role": "user", "content": QUESTION}])
+        self.opened = THOUGHT if prompt.rstrip().endswith(THOUGHT) else ""
+
+    def _lead(self):
+        question = {"role": "user", "content": QUESTION}
+        before = self._text([question])
+        whole = self._text([question, {"role": "assistant", "content": ANSWER}])
+        if not whole.startswith(before) or ANSWER not in whole:
+            return ""
+        return whole[len(before):whole.index(ANSWER)]
 
     def encode(self, observations):
         """Prompts of observations {"messages", "image"}, as Sequences without spans.
@@ -29,21 +54,37 @@ class PromptEncoder:
 
     def encode_answers(self, texts):
         """Answer ids with the end-of-turn token, as the model should write them."""
-        answers = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        led = [self.lead + text for text in texts]
+        answers = self.tokenizer(led, add_special_tokens=False)["input_ids"]
         return [ids + [self.tokenizer.eos_token_id] for ids in answers]
 
     def decode(self, ids):
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(self.lead)
 
     def _ids(self, conversations):
         """Token ids of lists of messages, up to where the model's next turn begins."""
-        texts = []
-        for messages in conversations:
-            plain = [{**m, "content": self._plain(m["content"])} for m in messages]
-            texts.append(self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=True, date_string=DATE))
+        texts = [self._text(messages) for messages in conversations]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _text(self, messages):
+        """A conversation as the chat template writes it; one that knows no thinking ignores that.
+
+        A system prompt that the template adds by default stays: the model learned with it.
+        """
+        plain = []
+        for message in messages:
+            content = self._plain(message["content"])
+            if self.in_parts and isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            plain.append({**message, "content": content})
+        try:
+            return self.tokenizer.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=True, date_string=DATE,
+                enable_thinking=self.thinking)
+        except (TemplateError, TypeError) as error:  # the latter: it joins text and a list
+            raise UserError("model.path: the model's chat template refuses a conversation: "
+                            f"{one_line(error)}") from None
 
     def _plain(self, content):
         """Message content with the special tokens that it spells broken up: <|image|> in an answer

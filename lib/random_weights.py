@@ -3,10 +3,9 @@ lengths, so that memory and speed can be tried without a download."""
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
-from transformers import AutoModelForImageTextToText
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from lib.families import quantization
+from lib.families import auto_class, quantization
 from lib.prompts import PromptEncoder
 
 GATE = 0.5  # of random cross-attention layers, which would ignore the image at the usual 0
@@ -20,12 +19,19 @@ def skeleton(model, config):
     """
     settings = quantization(model, config)
     with init_empty_weights():  # buffers, such as rotary frequencies, are real
-        base = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, model.dtype),
-                                                       attn_implementation="sdpa")
+        base = auto_class(config).from_config(config, dtype=getattr(torch, model.dtype),
+                                              attn_implementation="sdpa")
+    _tie_head(base)
     if settings is not None:
         replace_with_bnb_linear(base, settings.llm_int8_skip_modules, settings)
         base.is_loaded_in_4bit = True  # as peft wants to know
     return base.eval()
+
+
+def _tie_head(base):
+    """As tie_weights does, which would make a second weight within init_empty_weights."""
+    if base._tied_weights_keys and base.config.tie_word_embeddings:
+        base.lm_head._parameters["weight"] = base.get_input_embeddings().weight
 
 
 @torch.no_grad()
@@ -41,7 +47,7 @@ def random_base(model, config, device):
             value = torch.empty(empty.shape, dtype=base.dtype, device=device)
             _fill(value, name, spread)
             module._parameters[name] = _as_parameter(value, empty, module)
-    base.tie_weights()
+    _tie_head(base)
     return base.to(device)  # the buffers
 
 
@@ -87,7 +93,7 @@ class FilledPromptEncoder(PromptEncoder):
     """
 
     def __init__(self, tokenizer, family, lengths):
-        super().__init__(tokenizer, family)
+        super().__init__(tokenizer, family, lengths.thinking)
         self.lengths = lengths
         self.spellable = spellable_tokens(tokenizer)
         self.filler = self.spellable[0]

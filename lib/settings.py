@@ -20,13 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_SEED = 10_000_000  # keeps the seeds of training below rollout.EVAL_SEEDS
 
 
-def dtype(value):
-    """float32 or bfloat16."""
-    if value in ("float16", "fp16", "half"):
-        raise ValueError("float16 is not supported; use bfloat16, or float32 on a card without it")
-    return choice("float32", "bfloat16")(value)
-
-
 def start(value):
     """The name of a checkpoint, or "none"."""
     if value is None or str(value).lower() in ("null", "~", "") or value == "None":
@@ -52,7 +45,7 @@ SCHEMA = {
     "model.device": choice("cpu", "cuda", "auto"),
     "model.quantization": choice("nf4", "none"),
     "model.keep_unquantized": list_of(text),
-    "model.dtype": dtype,
+    "model.dtype": choice("float32", "bfloat16", "float16"),
     "model.tune": list_of(choice("language", "projector", "vision")),
     "model.gradient_checkpointing": flag,
     "model.merge_for_sampling": flag,
@@ -60,6 +53,7 @@ SCHEMA = {
     "model.image_cache": number(0),
     "model.memory": number(0),
     "model.max_new_tokens": whole(1, 100_000),
+    "model.thinking": flag,
     "lora.r": whole(1, 10_000),
     "lora.alpha": number(0),
     "lora.target_modules": text,
@@ -86,6 +80,7 @@ SCHEMA = {
     "ppo.micro_tokens": whole(1),
     "ppo.lr": number(0, 1),
     "ppo.value_lr": number(0, 1),
+    "ppo.value_warmup": whole(0),
     "ppo.schedule": choice("cosine", "constant"),
     "ppo.adam_eps": number(0, 1),
     "ppo.max_grad_norm": number(0),
@@ -124,7 +119,8 @@ SCHEMA = {
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
 DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
-            "eval.curve_points": 8, "eval.arms": [], "eval.conversations": 0}
+            "model.thinking": False, "ppo.value_warmup": 0, "eval.curve_points": 8, "eval.arms": [],
+            "eval.conversations": 0}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

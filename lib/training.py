@@ -14,6 +14,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from lib.answers import final_answer
 from lib.batching import micro_batches, turns_of
 from lib.settings import UserError, one_line
 
@@ -40,17 +41,30 @@ def seeded(device, *names):
     return torch.Generator(device).manual_seed(random.Random(str(names)).getrandbits(63))
 
 
-def clipped_step(policy, optimizer, max_norm, loss, problem):
-    """An optimiser step with the gradient's norm clipped to max_norm. Returns: the norm before.
+def backward(policy, loss):
+    """The way back of a part of the loss, for `clipped_step`. In float16 the loss is scaled up:
+    its gradients would vanish."""
+    policy.scaler.scale(loss).backward()
 
+
+def clipped_step(policy, optimizer, max_norm, loss, problem):
+    """An optimiser step with the gradient's norm clipped to max_norm, after `backward`.
+
+    In float16 the scale of the loss may have been too large for its gradient: then no step is made,
+    and the next one has half the scale.
+    Returns: the norm before, or None for a step that was not made.
     Raises: UserError with `problem` if the loss (a number) or the norm is not finite; the weights
         are then as they were.
     """
+    scaler = policy.scaler
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), max_norm).item()
-    if not math.isfinite(loss + norm):
+    too_large = not math.isfinite(norm) and scaler.is_enabled() and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or too_large):
         raise UserError(f"{problem} (the last checkpoint is intact)")
-    optimizer.step()
-    return norm
+    scaler.step(optimizer)
+    scaler.update()
+    return None if too_large else norm
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -79,6 +93,7 @@ def save_checkpoint(folder, policy, optimizer, **more):
     """Everything that a stopped run needs again; `more` is the script's own plain data."""
     policy.save(folder)
     save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
+                        "scaler": policy.scaler.state_dict(),  # empty but in float16
                         "beyond": policy.beyond, "gflops": policy.flops() / 1e9,
                         "official_gflops": policy.official_flops() / 1e9, **more})
 
@@ -94,6 +109,8 @@ def load_checkpoint(folder, policy, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         policy.tokens = {name: state["tokens"][name] for name in policy.tokens}
         policy.beyond = dict(state["beyond"])
+        if policy.scaler.is_enabled():
+            policy.scaler.load_state_dict(state["scaler"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {folder} is damaged: {one_line(error)}") from None
     return state
@@ -151,9 +168,10 @@ def ppo_statistics(batch, steps):
     for step in steps:
         total.update({name: number for name, number in step.items() if name != "stopped"})
     turns = total["turns"]
-    taken = len(steps) - 1 if steps[-1]["stopped"] else len(steps)
+    taken = len(steps) - bool(steps[-1]["stopped"]) - total["skipped"]
     return {"spread": batch.spread,
             "steps": taken,
+            "skipped": total["skipped"],
             "stopped": steps[-1]["stopped"],
             "kl_old": total["kl_old"] / turns,
             "kl_start": total["kl_start"] / turns,
@@ -163,6 +181,7 @@ def ppo_statistics(batch, steps):
             "value_loss": total["value_loss"] / turns,
             "ratio_gap": steps[0]["ratio_gap"] / steps[0]["turns"],
             "sampler_gap": sampler_gap(batch),
+            "ratio_noise": ratio_noise(batch, steps),
             "grad_norm": total["grad_norm"] / max(1, taken)}
 
 
@@ -172,12 +191,28 @@ def explained_variance(returns, values):
     return float(1 - rest / (returns.var(correction=0) + 1e-8))
 
 
+def sampler_log_ratios(batch):
+    """(S,) log-ratios of the turns between the old log-probs and those that were sampled from: two
+    readings of equal weights."""
+    found = []
+    for weights, old, sampled in zip(batch.weights, batch.old, batch.sampled):
+        found.append((weights * (old - sampled)).sum())
+    return torch.stack(found)
+
+
 def sampler_gap(batch):
     """Mean |ratio - 1| between the old log-probs and those that were sampled from."""
-    gaps = []
-    for weights, old, sampled in zip(batch.weights, batch.old, batch.sampled):
-        gaps.append((weights * (old - sampled)).sum().exp() - 1)
-    return torch.stack(gaps).abs().mean().item()
+    return (sampler_log_ratios(batch).exp() - 1).abs().mean().item()
+
+
+def ratio_noise(batch, steps):
+    """Rounding over movement: the root mean square of the log-ratios that the sampler makes at
+    equal weights, over that of the last minibatch's, which the steps before it have made. None
+    where there is none before it."""
+    moved = math.sqrt(steps[-1]["log_ratio_squared"] / steps[-1]["turns"])
+    if len(steps) == 1 or moved == 0:
+        return None
+    return sampler_log_ratios(batch).square().mean().sqrt().item() / moved
 
 
 # ---------------------------------------------------------------- PPO's tensors
@@ -275,7 +310,7 @@ def token_weights(policy, turn, key, weight):
     if weight == 1:
         return weights
     for i in range(len(turn.answer)):
-        if key in policy.decode(turn.answer[:i + 1]):
+        if key in final_answer(policy.decode(turn.answer[:i + 1])):
             break
         weights[i] = weight
     return weights

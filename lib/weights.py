@@ -11,8 +11,8 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 
+from lib.families import auto_class
 from lib.settings import UserError, one_line
 
 
@@ -41,7 +41,8 @@ def _save_model(policy, model, folder):
     model.save_pretrained(folder)
     if policy.tokenizer.name_or_path != model.name_or_path:  # random weights: two folders
         policy.tokenizer.save_pretrained(folder)
-        policy.image_processor.save_pretrained(folder)
+        if policy.image_processor is not None:
+            policy.image_processor.save_pretrained(folder)
         return
     for file in model_folder(model.name_or_path).iterdir():
         lists_weights = file.name.endswith(".index.json")
@@ -94,7 +95,7 @@ def _read_weights(policy, folder):
     if policy.has_lora:
         return load_file(folder / "adapter_model.safetensors", device=str(policy.device))
     # the Auto classes know how names on disk map to the model's
-    tuned = AutoModelForImageTextToText.from_pretrained(folder, dtype=policy.base.dtype)
+    tuned = auto_class(policy.base.config).from_pretrained(folder, dtype=policy.base.dtype)
     return {name: p.data for name, p in tuned.named_parameters() if name in policy.trainable}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmark_card import stored
 from bitsandbytes.nn import Params4bit
-from conftest import PICTURES, ROOT, assert_read_in_parts, play, policies
+from conftest import FROZEN, PICTURES, ROOT, assert_read_in_parts, play, policies
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -86,6 +86,7 @@ def settings(shape):
             "model.revision_tokens=20",
             "env.image_size=[112, 56]",
             "ppo.value_hidden=[8]",
+            *FROZEN,
         ]
     )[0]
     return cfg
@@ -461,6 +462,7 @@ def test_the_11b_is_built_quantised_and_trained_a_step_on_this_cpu():
             "model.device=cpu",
             "model.prompt_tokens=40",
             "model.answer_tokens=3",
+            *FROZEN,
         ]
     )[0]
     policy = policy_module.Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden)

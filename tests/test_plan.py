@@ -9,6 +9,7 @@ the number of threads, which is therefore one here; numpy's (pixels in fp32) are
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,17 +17,26 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmark_card import stored
-from conftest import PICTURES, ROOT
+from conftest import FROZEN, PICTURES, ROOT
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 import plan
+from lib import head
+from lib.random_weights import skeleton
 from lib.settings import UserError, load
 from lib.batching import Sequence
 from policy import STATES_AT_ONCE, Policy
 
 LARGE = ROOT / "configs" / "11b"
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def head_in_many_parts(monkeypatch):
+    """As of a real model's output layer, only a small part is float32 at a time."""
+    monkeypatch.setattr(head, "WEIGHTS_AT_ONCE", 2**18)
 
 
 # ---------------------------------------------------------------- a middle-sized Mllama
@@ -83,6 +93,7 @@ def middle(tmp_path_factory):
                     f"model.shape={shapes[shape]}",
                     "model.random_init=true",
                     "model.device=cpu",
+                    *FROZEN,
                     *overrides,
                 ]
             )
@@ -105,6 +116,7 @@ VISION = (
     "model.tune=[language,projector,vision]",
     "lora.target_modules='.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2|multi_modal_projector)'",
 )
+HALF = ("model.dtype=float16",)  # the eyes are in float32
 FULL = ("lora=null", "model.quantization=none", "model.dtype=float32")
 DENSE32 = ("model.quantization=none", "model.dtype=float32")
 
@@ -112,7 +124,7 @@ DENSE32 = ("model.quantization=none", "model.dtype=float32")
 # ---------------------------------------------------------------- what lies there all the time
 @pytest.mark.parametrize(
     "overrides",
-    [(), VISION, slow(FULL), slow(DENSE32), slow(("model.keep_unquantized=[lm_head]",))],
+    [(), VISION, HALF, slow(FULL), slow(DENSE32), slow(("model.keep_unquantized=[lm_head]",))],
 )
 def test_weights_are_counted_to_the_byte(middle, overrides):
     policy, m = middle("middle", *overrides)
@@ -198,6 +210,7 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
         ids = [policy.prompts.filler] * width
         if image is not None:
             ids[1] = policy.family.image_token
+            ids = policy.family.expand_image_tokens(ids, image)
         sequence = Sequence(ids, [], image and image.copy())
         for _ in range(spans):
             sequence = sequence.answered([policy.prompts.filler] * answer)
@@ -243,6 +256,7 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
         ("middle", (), 16, 100, 2, None, "reading"),
         ("middle", (), 64, 20, 2, None, "reading"),
         slow("middle", (), 64, 4, 16, None, "sampling"),
+        slow("middle", ("model.keep_unquantized=[]",), 64, 4, 16, None, "sampling"),
         slow("wide", (), 32, 4, 40, None, "sampling"),
         slow("middle", (), 4, 200, 2, TALL, "reading"),
         ("middle", (), 8, 20, 2, TALL, "encoding"),
@@ -335,8 +349,8 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
         slow("middle", DENSE32, 4, 100, 1, 8, None, True, "backward"),
         slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
         slow("middle", FULL, 4, 100, 1, 8, None, False, ("scoring", "backward")),
-        ("middle", VISION, 2, 40, 1, 8, TALL, True, "backward"),
-        slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, "backward"),
+        ("middle", VISION, 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
+        slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
     ],
 )
 def test_update(
@@ -353,6 +367,150 @@ def test_update(
     compare(plan.learning(m, sequences), tracked, dominant)
 
 
+# ---------------------------------------------------------------- other families
+OTHERS = {  # folder under configs: what makes its text and its vision middle-sized
+    "8gb/qwen3-vl-2b": (
+        {
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [12, 10, 10],
+                "rope_type": "default",
+            }
+        },
+        {
+            "depth": 4,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_heads": 4,
+            "out_hidden_size": 512,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    ),
+    "8gb/smolvlm2-256m": (
+        {},
+        {
+            "num_hidden_layers": 4,
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_attention_heads": 4,
+            "image_size": 128,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(OTHERS))
+def other(request, tmp_path_factory):
+    """As `middle`, of another family; pictures of 256 x 128 take 32 tokens or 3 tiles."""
+    shape = ROOT / "configs" / request.param
+    config = json.loads((shape / "config.json").read_text())
+    pixels = json.loads((shape / "preprocessor_config.json").read_text())
+    text, vision = OTHERS[request.param]
+    config["text_config"].update(
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=8192,
+        bos_token_id=256,
+        eos_token_id=259,
+        pad_token_id=261,
+        **text,
+    )
+    config["vision_config"].update(vision)
+    if "smolvlm" in request.param:
+        pixels.update(size={"longest_edge": 256}, max_image_size={"longest_edge": 128})
+    else:
+        pixels.update(size={"longest_edge": 256 * 128, "shortest_edge": 64 * 64})
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
+    overrides = [f"model.shape={folder}", "model.random_init=true", "model.device=cpu"]
+    cfg, *_ = load([str(ROOT / "configs" / "8gb" / "gp_vl.yaml"), *overrides])
+    made = (
+        Policy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+        plan.MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden),
+    )
+    for policy in made:
+        policy.states_at_once = STATES_AT_ONCE["cuda"]
+        policy.sample_tokens = 10**9
+    return made
+
+
+def test_weights_of_other_families_are_counted_to_the_byte(other):
+    """A head that is the embeddings once more counts once."""
+    policy, m = other
+    real = [p for name, p in policy.base.named_parameters() if "lora_" not in name]
+    assert sum(m.weights.values()) == sum(stored(p) for p in real)
+    assert policy.parameters == m.parameters
+    assert sum(p.nbytes for p in m.trainable.values()) == sum(
+        p.nbytes for p in policy.trainable.values()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (256, 128)])
+def test_sampling_of_other_families(other, size):
+    policy, m = other
+    image = size and Image.new("RGB", size)
+    prompts = conversations(policy, 4, 100, image)
+    policy.sample(prompts, 1.0, None, 1)  # pictures are seen
+    tracked = allocated(lambda: policy.sample(prompts, 1.0, None, 2))
+    plan.sampling(m, prompts, 2)
+    compare(plan.sampling(m, prompts, 2), tracked, ("reading", "sampling"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [None, (256, 128)])
+def test_update_of_other_families(other, size):
+    policy, m = other
+    image = size and Image.new("RGB", size)
+    sequences = conversations(policy, 4, 100, image, 1, 8)
+    answers(policy, sequences)
+    tracked = allocated(lambda: answers(policy, sequences))
+    plan.learning(m, sequences)
+    compare(plan.learning(m, sequences), tracked, ("scoring", "backward"))
+
+
+# ---------------------------------------------------------------- docs/models.md
+MODELS_PAGE = (ROOT / "docs" / "models.md").read_text()
+LINKED = re.findall(r"\]\(\.\./(configs/\S+\.yaml)\)", MODELS_PAGE)
+PLANNED = re.findall(  # (path, four figures) of each row that has them
+    r"\]\(\.\./(configs/\S+\.yaml)\)[^\n]*?((?: \d+\.\d \|){4})\n", MODELS_PAGE
+)
+PARAMETERS = {  # of the weights on the hub: the sizes of its files, in two or four bytes each
+    "8gb/qwen3-vl-2b": 2_127_532_032,
+    "16gb/qwen3-vl-4b": 4_437_815_808,
+    "8gb/smolvlm2-256m": 256_484_928,
+    "8gb/smolvlm2-500m": 507_482_304,
+    "8gb/smolvlm2-2.2b": 2_246_784_880,
+}
+
+
+@pytest.mark.parametrize("shape", list(PARAMETERS))
+def test_shapes_have_as_many_parameters_as_the_models(shape):
+    overrides = [f"model.shape=configs/{shape}", "model.quantization=none"]
+    cfg, *_ = load([str(ROOT / "configs" / "8gb" / "gp_l.yaml"), *overrides])
+    base = skeleton(cfg.model, AutoConfig.from_pretrained(ROOT / "configs" / shape))
+    assert sum(p.numel() for p in base.parameters()) == PARAMETERS[shape]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path, figures", PLANNED)
+def test_documented_plans_are_those_of_the_configurations(path, figures):
+    cfg, *_ = load([str(ROOT / path)])
+    peaks = [phase.peak[0] / GIB for phase in plan.budget(cfg).values()]
+    assert [f"{peak:.1f}" for peak in peaks] == re.findall(r"[\d.]+", figures)
+    assert max(peaks) <= cfg.model.memory - plan.MARGIN
+
+
+def test_every_configuration_of_a_card_is_documented():
+    shipped = [f"configs/{p.parent.name}/{p.name}" for p in ROOT.glob("configs/*gb/*.yaml")]
+    assert len(shipped) == 8 and sorted(LINKED) == sorted(shipped)
+
+
 # ---------------------------------------------------------------- the 11B by hand
 SIZES = (
     "model.sample_tokens=8192",
@@ -362,6 +520,7 @@ SIZES = (
     "eval.batch_size=32",
     "model.max_new_tokens=160",
     "model.memory=24",
+    *FROZEN,
 )
 
 

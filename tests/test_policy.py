@@ -11,6 +11,7 @@ import shutil
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from conftest import ROOT, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from transformers import AutoModelForImageTextToText
 import gp
 import rl
 import sft
+from lib import head
 from lib.settings import UserError
 from lib.batching import sequences_of
 from rollout import Play, evaluate, make_env, training_seeds
@@ -179,6 +181,73 @@ def test_learning_by_dense_weights_gives_the_gradients_of_peft(make_policy, turn
     for name in plain:
         scale = plain[name].abs().max().item()
         torch.testing.assert_close(dense[name], plain[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_a_16_bit_output_layer_is_not_rounded(monkeypatch):
+    """Its product, and the gradient of the states, are those of float64 but for float32's rounding,
+    under autocast and however few rows are float32 at once. torch's own are off by far more.
+    """
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 300, bias=False).bfloat16().requires_grad_(False)
+    states = (20 * torch.randn(5, 64)).bfloat16()
+    exact = states.double().requires_grad_()
+    wanted = exact @ layer.weight.double().T
+    upstream = torch.randn(5, 300)
+    (wanted * upstream.double()).sum().backward()
+    for rows in (300, 7, 1):
+        monkeypatch.setattr(head, "WEIGHTS_AT_ONCE", 64 * rows)
+        own = states.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = head.logits_in_float32(layer, own)
+        (logits * upstream).sum().backward()
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(own.grad, exact.grad.bfloat16())
+    assert (layer(states).double() - wanted).abs().max() > 0.01
+
+
+def test_sampling_and_scoring_read_16_bit_logits_alike(make_policy, turns, monkeypatch):
+    """Finer than 16 bits in both; those of fp32 are the layer's own, to the bit."""
+    seen = []
+    policy = make_policy(dtype="bfloat16")
+    own = policy._logits
+    monkeypatch.setattr(policy, "_logits", lambda hidden: seen.append(own(hidden)) or seen[-1])
+    policy.sample([turns[0.7][0].prompt], 0, None, max_new_tokens=1)
+    policy.score([alone(turns[0.7][0])])
+    assert len(seen) == 2
+    for logits in seen:
+        allowed = logits[..., : len(policy.tokenizer) - 100]
+        assert (allowed != allowed.bfloat16().float()).float().mean() > 0.9
+    exact = make_policy()
+    states = torch.randn(3, exact.base.lm_head.in_features)
+    got = exact._logits(states)[:, ~exact.forbidden]
+    assert torch.equal(got, exact.base.lm_head(states)[:, ~exact.forbidden])
+
+
+@pytest.mark.parametrize("kind", ["bias", "4 bits", "lora"])
+def test_output_layers_of_other_kinds_in_float32(kind):
+    """With a bias, in 4 bits, or tuned."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 320, bias=kind == "bias").bfloat16().requires_grad_(False)
+    states = (20 * torch.randn(5, 64)).bfloat16()
+    wanted = states.double() @ layer.weight.double().T
+    if kind == "bias":
+        wanted += layer.bias.double()
+    elif kind == "4 bits":
+        packed = Linear4bit(64, 320, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        packed.weight = Params4bit(layer.weight, requires_grad=False, quant_type="nf4").to("cpu")
+        layer = packed
+        wanted = states.double() @ head.dense(layer).double().T
+    else:
+        settings = peft.LoraConfig(target_modules=["0"], r=4, init_lora_weights=False)
+        net = peft.get_peft_model(torch.nn.Sequential(layer), settings).float()
+        layer = net.base_model.model[0]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scale = layer.scaling["default"]
+        wanted += scale * (states.double() @ down.double().T @ up.double().T)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head.logits_in_float32(layer, states)
+    torch.testing.assert_close(logits.double(), wanted, rtol=0, atol=1e-4)
 
 
 def test_same_generator_same_answers(policy, prompts):

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 import rl
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
 from lib.settings import UserError
-from lib.training import Batch, Size, learning_rate, normalized, token_weights
+from lib.training import (
+    Batch,
+    Size,
+    backward,
+    clipped_step,
+    learning_rate,
+    load_checkpoint,
+    normalized,
+    ratio_noise,
+    save_checkpoint,
+    token_weights,
+)
 from policy import token_logprobs
 from rl import clipped_surrogate, gae, ppo_loss
 from rollout import Play, Rollout, collect, make_env, outcome, training_seeds
@@ -197,6 +208,7 @@ def test_ppo_loss_by_hand():
             "kl_start": 0.07,
             "kl_old": 0.5 - math.log(1.5) - 0.2 - math.log(0.8),
             "ratio_gap": 0.5 + 0.2,
+            "log_ratio_squared": math.log(1.5) ** 2 + math.log(0.8) ** 2,
             "exploded": 1,
         },
         rel=1e-4,
@@ -390,6 +402,7 @@ def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
         tokens={},
         trainable=dict(net.named_parameters()),
         value_head=torch.nn.Linear(1, 1),
+        learn=lambda values_alone: None,
     )
     monkeypatch.setattr(rl, "start_policy", lambda cfg, init: policy)
     monkeypatch.setattr(Play, "warm_up", lambda *arguments: None)
@@ -637,6 +650,113 @@ def test_an_update_ends_before_the_step_of_a_policy_that_moved_too_far(
     assert stats["stopped"] == stopped
     assert stats["steps"] == len(steps) == (0 if stopped else 2)
     assert math.isfinite(stats["grad_norm"])
+
+
+def test_rounding_is_measured_by_what_the_policy_moved():
+    """The sampler's log-ratios 0.03 and -0.04 have mean square 0.00125; the weight 0.5 of a token
+    counts. In the last of two steps, of 4 turns, the squares add up to 0.02: mean 0.005.
+    """
+    weights = [torch.tensor([0.5, 1.0]), torch.tensor([1.0])]
+    old = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
+    sampled = [torch.tensor([-1.02, -2.02]), torch.tensor([-2.96])]
+    batch = SimpleNamespace(weights=weights, old=old, sampled=sampled)
+    first = {"log_ratio_squared": 7.0, "turns": 4}
+    last = {"log_ratio_squared": 0.02, "turns": 4}
+    assert ratio_noise(batch, [first, last]) == pytest.approx(0.5, rel=1e-4)
+    assert ratio_noise(batch, [last]) is None  # nothing has been learned before it
+    assert ratio_noise(batch, [first, {"log_ratio_squared": 0.0, "turns": 4}]) is None
+    exact = SimpleNamespace(weights=weights, old=old, sampled=old)
+    assert ratio_noise(exact, [first, last]) == 0
+
+
+# ---------------------------------------------------------------- updates of the value head alone
+def test_the_value_head_can_learn_alone(make_policy, turns, cfg):
+    """Even where its gradient may reach the model, which is read, not trained: 2 N per token."""
+    policy = make_policy(value_detach=False)
+    ppo = SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, "value_hidden": []})
+    groups = [{"params": policy.trainable.values()}, {"params": policy.value_head.parameters()}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0)
+    moved = {}
+    for alone in (True, False):
+        before = policy.snapshot(), [p.detach().clone() for p in policy.value_head.parameters()]
+        trained = policy.tokens["train"]
+        policy.learn(values_alone=alone)
+        noise = torch.randn(2, len(turns), generator=torch.Generator().manual_seed(0))
+        batch = rl.prepare(policy, turns, *noise, ppo, '"formula"', None)
+        stats = rl.update(policy, optimizer, batch, ppo, torch.Generator().manual_seed(0))
+        model = any(not torch.equal(before[0][n], p) for n, p in policy.trainable.items())
+        head = any(not torch.equal(a, b) for a, b in zip(before[1], policy.value_head.parameters()))
+        moved[alone] = model, head, policy.tokens["train"] > trained, stats["grad_norm"] > 0
+    assert moved[True] == (False, True, False, False)
+    assert moved[False] == (True, True, True, True)
+
+
+# ---------------------------------------------------------------- float16
+class OneWeight:
+    """A model of one weight w = 2 whose loss is w: its gradient is 1."""
+
+    def __init__(self, scale):
+        self.weight = torch.nn.Parameter(torch.tensor([2.0]))
+        self.trainable = {"weight": self.weight}
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        self.tokens, self.beyond = {"train": 0}, {"train": 0}
+        self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
+
+    def step(self, loss):
+        self.optimizer.zero_grad()
+        backward(self, loss)
+        return clipped_step(self, self.optimizer, 0.5, loss.item(), "it diverged")
+
+    def flops(self):
+        return 0
+
+    official_flops = flops
+
+    def save(self, folder):
+        torch.save(self.weight, folder / "weight.pt")
+
+    def load(self, folder):
+        self.weight.data = torch.load(folder / "weight.pt", weights_only=True).data
+
+
+def test_a_scaled_loss_makes_the_step_of_the_loss():
+    """Clipped after the scale is taken off: 2 - 0.1 * 0.5."""
+    policy = OneWeight(scale=1024.0)
+    assert policy.step(policy.weight.sum()) == pytest.approx(1)
+    close(policy.weight.detach(), [1.95], rtol=1e-4)
+
+
+def overflowing(weight):
+    """A loss of 2 whose gradient is finite but not in float16 at scale 2**15: 4 * 2**15 > 65504."""
+    return (weight.half().float() * 4).sum() - 6
+
+
+def test_a_step_that_overflows_is_skipped_and_the_scale_halved():
+    policy = OneWeight(scale=2.0**15)
+    assert policy.step(overflowing(policy.weight)) is None
+    assert policy.weight.item() == 2 and policy.scaler.get_scale() == 2**14
+    assert policy.step(overflowing(policy.weight)) is None
+    assert policy.step(overflowing(policy.weight)) == pytest.approx(4)
+    close(policy.weight.detach(), [1.95], rtol=1e-4)
+
+
+def test_no_scale_helps_a_loss_that_is_not_finite():
+    policy = OneWeight(scale=1024.0)
+    with pytest.raises(UserError, match="it diverged"):
+        policy.step(policy.weight.sum() * math.nan)
+    at_one = OneWeight(scale=1.0)
+    with pytest.raises(UserError, match="it diverged"):
+        at_one.step(at_one.weight.half().float().mul(1e5).sum())
+    assert policy.weight.item() == at_one.weight.item() == 2
+
+
+def test_the_scale_is_part_of_a_checkpoint(tmp_path):
+    policy, other = OneWeight(scale=2.0**15), OneWeight(scale=8.0)
+    policy.step(overflowing(policy.weight))
+    save_checkpoint(tmp_path, policy, policy.optimizer)
+    load_checkpoint(tmp_path, other, other.optimizer)
+    assert other.scaler.get_scale() == 2**14
+    assert other.scaler.state_dict() == policy.scaler.state_dict()
 
 
 # ---------------------------------------------------------------- what is logged of a rollout

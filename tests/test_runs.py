@@ -410,14 +410,70 @@ def test_killed_while_writing_a_checkpoint(whole, tmp_path):
     assert_same_run(folder / "sft", whole / "sft")
 
 
-def test_card_without_bfloat16_is_a_user_error(cfg, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, capability, advice",
+    [
+        ("bfloat16", (7, 5), "model.dtype=bfloat16, but Tesla T4 .*; use model.dtype=float16 "),
+        ("bfloat16", (5, 2), "model.dtype=bfloat16, but Tesla T4 .*; use model.dtype=float32 "),
+        ("float16", (5, 2), "model.dtype=float16, but Tesla T4 .*; use model.dtype=float32 "),
+    ],
+)
+def test_card_without_these_16_bits_is_a_user_error(cfg, monkeypatch, dtype, capability, advice):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kinds: asked.append(kinds))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    cfg.model.dtype = "bfloat16"
-    with pytest.raises(UserError, match="bfloat16, but Tesla T4 .*use model.dtype=float32"):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cfg.model.dtype = dtype
+    with pytest.raises(UserError, match=advice) as error:
         load_base(cfg.model, torch.device("cuda"))
+    assert "\n" not in str(error.value)
     assert asked == [{"including_emulation": False}]  # PyTorch emulates it
+
+
+# ---------------------------------------------------------------- float16, the value head's start
+def test_float16_learns_and_goes_on_to_the_same_numbers(tmp_path):
+    """SFT 5 steps and an update of PPO, whole and stopped in between; a step that float16 overflows
+    is one that is logged as skipped.
+    """
+    half = ("model.dtype=float16", "ppo.updates=1")
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    for folder in (whole, parts):
+        folder.parent.mkdir()
+    run("sft", whole, *half)
+    run("sft", parts, *half, "sft.steps=2")
+    run("sft", parts, *half)
+    (sft_arm,) = whole.glob("sft*")
+    assert_same_run(sft_arm, parts / sft_arm.name)
+    records = log(sft_arm)
+    kept = [record for record in records if not record["skipped"]]
+    assert records[-1]["loss"] < records[0]["loss"] and len(kept) >= 3
+    assert all(record["grad_norm"] > 0 for record in kept)
+    run("rl", whole, *half)
+    (rl_arm,) = whole.glob("rl*")
+    (record,) = log(rl_arm)
+    assert record["steps"] > 0 and record["ratio_gap"] < 0.02 and record["ratio_noise"] > 0
+    scaler = load_state(rl_arm / "step_1")["scaler"]
+    assert scaler["scale"] == 2.0 ** (16 - record["skipped"])
+
+
+def test_the_value_head_learns_first_and_the_run_goes_on(whole, after_sft, tmp_path):
+    """Two updates of the value head alone leave Init's adapter; the third moves it. Stopped after
+    the first, the run ends the same.
+    """
+    warm = (*TINY, "ppo.value_warmup=2")
+    parts = tmp_path / "parts" / "run"
+    shutil.copytree(after_sft, parts)
+    run("rl", after_sft, tiny=warm)
+    run("rl", parts, "ppo.updates=1", tiny=warm)
+    run("rl", parts, tiny=warm)
+    assert_same_run(after_sft / "rl", parts / "rl")
+    init = (whole / "sft" / "step_2" / "adapter_model.safetensors").read_bytes()
+    adapters, heads = [], []
+    for _, folder in checkpoints(after_sft / "rl"):
+        adapters.append((folder / "adapter_model.safetensors").read_bytes() == init)
+        heads.append((folder / "value_head.safetensors").read_bytes())
+    assert adapters == [True, True, False] and len(set(heads)) == 3
+    assert [record["grad_norm"] > 0 for record in log(after_sft / "rl")] == [False, False, True]
 
 
 # ---------------------------------------------------------------- out of memory

@@ -120,10 +120,8 @@ def test_defaults_are_of_known_keys_and_accepted():
         ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
         ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
         ("eval.temperatures=[]", "eval.temperatures is empty"),
-        (
-            "model.dtype=float16",
-            "model.dtype: float16 is not supported; use bfloat16, or float32 on a card without it",
-        ),
+        ("model.dtype=fp16", "model.dtype: 'fp16' is none of float32, bfloat16, float16"),
+        ("ppo.value_warmup=-1", "ppo.value_warmup: -1 is not between 0 and inf"),
         (
             "ppo.init=None",
             "ppo.init: 'None' is no checkpoint; for the bare base model write \"none\"",

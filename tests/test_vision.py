@@ -508,12 +508,49 @@ def test_score_does_not_use_what_sampling_saw(make_policy):
 
 
 # ---------------------------------------------------------------- which parts learn
+def test_a_tower_that_learns_is_checkpointed_too(make_policy, turns):
+    """transformers does it for the text alone. The gradients are the same, less is kept."""
+    kept, found = [], []
+    for checkpointing in (False, True):
+        policy, alive = make_policy(gradient_checkpointing=checkpointing, tune=TUNED[-1]), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, alive=alive: alive.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            policy.net.train(checkpointing)  # as in Policy.score
+            policy._features([t.prompt.image for t in turns[:4]])
+            policy.net.eval()
+        kept.append(sum(t.nbytes for t in alive.values()))
+        policy.score([alone(t) for t in turns[:4]], 0.7)["logprobs"].sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable.values()]))
+    assert kept[1] < kept[0] / 2
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_float16_sees_in_float32(make_policy, turns):
+    """A tower some of whose numbers exceed float16's 65504; norms bring them back. The features are
+    float16 again, and so is the text.
+    """
+    policy = make_policy(dtype="float16", tune=TUNED[-1])
+    kinds = {}
+    for name, parameter in policy.base.named_parameters():
+        if "lora_" not in name and parameter.is_floating_point():
+            kinds.setdefault(part_of(name), set()).add(parameter.dtype)
+    assert kinds["vision"] == kinds["projector"] == {torch.float32}
+    assert kinds["language"] == {torch.float16}
+    policy.base.model.vision_model.patch_embedding.weight.data *= 1e6
+    scored = policy.score([alone(t) for t in turns[:2]], 0.7)
+    assert scored["logprobs"].isfinite().all()
+    ((features,), *_), _ = policy.images.encode([turns[0].prompt.image])
+    assert features.dtype == torch.float16 and features.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_16_bits_learn_in_the_direction_of_32(make_policy, turns, device):
+def test_16_bits_learn_in_the_direction_of_32(make_policy, turns, device, dtype):
     """LoRA computes in 16 bits too, but what learns and its gradients are fp32."""
     found = []
-    for dtype, where in (("float32", "cpu"), ("bfloat16", device)):
-        policy = make_policy(dtype=dtype, device=where)
+    for bits, where in (("float32", "cpu"), (dtype, device)):
+        policy = make_policy(dtype=bits, device=where)
         policy.score([s for s, _ in sequences_of(turns, 6)], 0.7)["logprobs"].sum().backward()
         found.append(torch.cat([p.grad.cpu().flatten() for p in policy.trainable.values()]))
     assert found[1].dtype == torch.float32 and torch.cosine_similarity(*found, dim=0) > 0.99
