@@ -295,13 +295,16 @@ def report(result):
         ratios = found["ratios"]
         medians = "".join(f"{ratios[phase]['median']:>9.2f}x" for phase in PHASES)
         print(f"{'TRL / ours':<20}{'':40}{medians}")
-        each = ratios["all"]
-        wanted = found["wanted"]
-        verdict = ""
-        if wanted:
-            verdict = f", at least {wanted:g} wanted: "
-            verdict += "ok" if each["median"] >= wanted else "MISSED"
-        print(f"{'':<20}all: rounds {min(each['rounds']):.2f} to {max(each['rounds']):.2f}{verdict}")
+        print(f"{'':<20}{spread_of(ratios['all'], found['wanted'])}")
+
+
+def spread_of(ratio, wanted):
+    """Text: what a ratio was in the rounds, and whether that is what was wanted (None: nothing)."""
+    text = f"all: rounds {min(ratio['rounds']):.2f} to {max(ratio['rounds']):.2f}"
+    if wanted is None:
+        return text
+    verdict = "ok" if ratio["median"] >= wanted else "MISSED"
+    return f"{text}, at least {wanted:g} wanted: {verdict}"
 
 
 def main(arguments):
