@@ -2,9 +2,12 @@
 get the same prompts, ratios and settings worked out by hand.
 """
 
+import json
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIG
 
 import compare_trl
@@ -72,3 +75,35 @@ def test_trl_is_told_what_the_configuration_says(cfg):
     assert settings["steps_per_generation"] == 8 and settings["gradient_accumulation_steps"] == 2
     assert settings["num_generations"] == GROUP and settings["num_iterations"] == 3
     assert (settings["temperature"], settings["beta"], settings["learning_rate"]) == (0.8, 0.01, 0)
+
+
+def test_rounds_become_a_table_and_a_file(monkeypatch, tmp_path, capsys):
+    """Both sides replaced: TRL takes 4 s in all, ours 2 s, and the round to warm up is left out."""
+    asked = []
+
+    def one_round(case, iteration, cfg, answers, rows, seed):
+        asked.append((case, answers))
+        sizes = {"answers": answers, "steps": 12, "prompt": 18.0, "answer": 21.0}
+        ours = {**sizes, **compare_trl.seconds_of(0.5, 2.0, 3.0)}
+        return ours, {**sizes, **compare_trl.seconds_of(1.5, 4.0, 6.0)}
+
+    iteration = SimpleNamespace(policy=SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(compare_trl, "find_spec", lambda name: name)
+    monkeypatch.setattr(compare_trl, "version", lambda name: "1")
+    monkeypatch.setattr(compare_trl, "new_policy", lambda cfg: None)
+    monkeypatch.setattr(compare_trl, "Iteration", lambda policy, cfg: iteration)
+    monkeypatch.setattr(compare_trl, "one_round", one_round)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    path = tmp_path / "trl.json"
+    arguments = [str(CONFIG), "--rounds", "2", "--cases", "first,revision", "--json", str(path)]
+    compare_trl.main(arguments)
+    warm_up = [("first", 64), ("revision", 64)]
+    assert asked == warm_up + [("first", 256), ("revision", 256)] * 2
+    found = json.loads(path.read_text())["cases"]["revision"]
+    assert len(found["rounds"]["trl"]) == 2
+    assert {phase: ratio["median"] for phase, ratio in found["ratios"].items()} == {
+        "sampling": 3.0, "update": 2.5 / 1.5, "all": 2.0, "wall": 2.0}
+    shown = capsys.readouterr().out
+    assert "all: rounds 2.00 to 2.00, at least 1.5 wanted: ok" in shown
+    assert "all: rounds 2.00 to 2.00, at least 3 wanted: MISSED" in shown

@@ -323,6 +323,9 @@ def main(arguments):
     first_seed = next(training_seeds(cfg.run.seed))
     cases = {case: {"wanted": CASES[case], "rounds": {"ours": [], "trl": []}}
              for case in options.cases.split(",")}
+    facts = {**machine(iteration.policy.device), "trl": version("trl"),
+             "accelerate": version("accelerate")}
+    result = {"config": raw, "machine": facts, "rows": options.rows, "cases": cases}
     for number in tqdm(range(options.rounds + 1), desc="rounds, one to warm up", disable=None):
         answers = cfg.ppo.envs * cfg.ppo.turns if number else cfg.ppo.minibatch
         for place, (case, found) in enumerate(cases.items()):
@@ -331,13 +334,9 @@ def main(arguments):
             if number:
                 for way, record in zip(("ours", "trl"), records):
                     found["rounds"][way].append(record)
-    for found in cases.values():
-        found["ratios"] = ratios_of(found["rounds"])
-    facts = {**machine(iteration.policy.device), "trl": version("trl"),
-             "accelerate": version("accelerate")}
-    result = {"config": raw, "machine": facts, "rows": options.rows, "cases": cases}
+                found["ratios"] = ratios_of(found["rounds"])
+                write_json(options.json, result)  # a busy machine may not come to the end
     report(result)
-    write_json(options.json, result)
 
 
 if __name__ == "__main__":
