@@ -539,7 +539,8 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(free_policy, turns, c
     (parts,), small = gradients(free_policy, moved, cfg.ppo, micro_tokens=1, **changes)
     assert 0 < big["clip_fraction"] < 1
     assert_same_gradients(whole, parts)
-    assert small.pop("stopped") is big.pop("stopped") is None
+    for name in ("stopped", "ratio_noise"):
+        assert small.pop(name) is big.pop(name) is None
     assert small == pytest.approx(big, rel=1e-4)
 
 
