@@ -21,8 +21,8 @@ Logged per update (metrics.jsonl):
   explained_variance (of returns by values), value_loss (mean square), ratio_gap (mean |ratio - 1|
   before the first step), sampler_gap (the same between what was sampled and the old log-probs,
   which 16 bits make anew), ratio_noise (root mean square log-ratio of answers: in that gap, over
-  before the last step; above 1 rounding hides what was learned), grad_norm (unclipped, without the
-  value head), tokens, gflops (so far, with Init), seconds, peak_memory_gib.
+  before the last step; from 0.2 on rounding hides much of it, docs/11b.md), grad_norm (unclipped,
+  without the value head), tokens, gflops (so far, with Init), seconds, peak_memory_gib.
 """
 from collections import Counter
 
