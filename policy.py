@@ -419,7 +419,7 @@ class Policy:
 
     def _vision_precision(self):
         """Vision that is in float32 beside a text in float16 computes so."""
-        widened = self.dtype == torch.float16 and getattr(self.family, "parts_in_float32", ())
+        widened = self.dtype == torch.float16 and self.family.parts_in_float32
         return torch.autocast(self.device.type, enabled=False) if widened else nullcontext()
 
     def _learning(self):

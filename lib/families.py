@@ -3,7 +3,8 @@
 A family is a class, made of (base, image_processor, tokenizer), with
 
     parts                               {part: pattern of its parameters' names}, for model.tune
-    parts_in_float32                    those that float16 may overflow, if there are any
+    parts_in_float32                    those that float16 may overflow
+    special_tokens                      that it spells images with and a dry run's tokenizer lacks
     text_model                          the module that reads text and returns hidden states
     image_token                         id of the token that stands for an image in a prompt
     expand_image_tokens(ids, image)     prompt ids with as many image tokens as the image takes
@@ -74,6 +75,7 @@ class CrossAttention:
              "projector": "model.multi_modal_projector",
              "vision": "model.vision_model"}
     parts_in_float32 = ("projector", "vision")
+    special_tokens = []
 
     def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
@@ -155,6 +157,7 @@ class Inline:
              "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
     parts_in_float32 = ("projector", "vision")
+    special_tokens = []
 
     def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
@@ -218,7 +221,7 @@ class Tiled:
              "projector": "model.connector",
              "vision": "model.vision_model"}
     parts_in_float32 = ("projector", "vision")
-    special_tokens = [AROUND, "<global-img>", *TILE_NAMES]  # a dry run's tokenizer lacks them
+    special_tokens = [AROUND, "<global-img>", *TILE_NAMES]
 
     def __init__(self, base, image_processor, tokenizer):
         self.model = base.model
@@ -296,6 +299,8 @@ class TextOnly:
     The whole model is the part `language`. No image can reach it: Raises UserError.
     """
     parts = {"language": ""}
+    parts_in_float32 = ()
+    special_tokens = []
     image_token = -1  # no token has this id
 
     def __init__(self, base, image_processor, tokenizer):

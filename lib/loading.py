@@ -8,11 +8,7 @@ from typing import NamedTuple
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from lib.families import NO_PICTURES, TextOnly, auto_class, family_of, quantization
@@ -78,9 +74,8 @@ def reads_text_alone(path):
 
 def _widen(base, family):
     """Give float32 to those parts of a float16 model whose numbers may exceed its 65504."""
-    parts = getattr(family, "parts_in_float32", ())
     for name, module in base.named_modules():
-        if not any(re.match(family.parts[part], name) for part in parts):
+        if not any(re.match(family.parts[part], name) for part in family.parts_in_float32):
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():  # not those in 4 bits
@@ -113,7 +108,7 @@ def _load_random(model, device):
     config = AutoConfig.from_pretrained(shape)
     family = _family(config, model.tune)
     tokenizer = _tokenizer(find_model(model.tokenizer), model.tokenizer)
-    tokenizer.add_tokens(getattr(family, "special_tokens", []), special_tokens=True)
+    tokenizer.add_tokens(family.special_tokens, special_tokens=True)
     image_processor = load_image_processor(shape, family)
     base = random_base(model, config, device)
     if family is not TextOnly:

@@ -10,6 +10,13 @@ DATE = "26 Jul 2024"
 QUESTION, ANSWER = "a question", "an answer"
 
 
+def between(prompt, answer, whole):
+    """What stands between a prompt and the answer to it, "" if they are not both in the whole."""
+    if not whole.startswith(prompt) or answer not in whole:
+        return ""
+    return whole[len(prompt):whole.index(answer)]
+
+
 class PromptEncoder:
     """Args: tokenizer: of the model; family: as in lib/families.py; thinking: cfg.model.thinking.
 
@@ -25,19 +32,13 @@ class PromptEncoder:
         self.thinking = thinking
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = [token.content for token in added if token.special]
-        self.in_parts = False
-        self.in_parts = QUESTION not in self._text([{"role": "user", "content": QUESTION}])
-        self.lead = self._lead()
-        prompt = self._text([{"role": "user", "content": QUESTION}])
-        self.opened = THOUGHT if prompt.rstrip().endswith(THOUGHT) else ""
-
-    def _lead(self):
         question = {"role": "user", "content": QUESTION}
-        before = self._text([question])
+        self.in_parts = False
+        self.in_parts = QUESTION not in self._text([question])
+        prompt = self._text([question])
         whole = self._text([question, {"role": "assistant", "content": ANSWER}])
-        if not whole.startswith(before) or ANSWER not in whole:
-            return ""
-        return whole[len(before):whole.index(ANSWER)]
+        self.lead = between(prompt, ANSWER, whole)
+        self.opened = THOUGHT if prompt.rstrip().endswith(THOUGHT) else ""
 
     def encode(self, observations):
         """Prompts of observations {"messages", "image"}, as Sequences without spans.

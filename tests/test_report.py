@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 
 import pytest
 from conftest import ROOT
@@ -15,59 +16,48 @@ VARIANTS = ("ID", "rule OOD")
 VALUES = {"Init": [60, 50, 70], "sft": [80, 70, 90], "rl": [65, 60, 71]}
 
 
+def arm_row(variant, arm, temperature):
+    """A row of the table; recognition is not known of seed 1."""
+    value, low, high = VALUES[arm]
+    metrics = {
+        "first": [value - 10, low - 10, high - 10],
+        "solved": [value, low, high],
+        "recognized": [value + 10, low, high + 10],
+    }
+    grades = {
+        "first": {"correct": value - 10, "wrong_value": 110 - value},
+        "retries": {"illegal": 75, "correct": 25},
+        "repeated": 33.3,
+    }
+    row = {"split": "all", "variant": variant, "arm": arm, "temperature": temperature, "n": 40}
+    per_seed = {"solved": [value - 5, value + 4], "recognized": [None, 1]}
+    return {**row, "metrics": metrics, "per_seed": per_seed, "grades": grades}
+
+
+def policy_row(variant):
+    """A row of a reference policy, of which recognition is not known."""
+    row = {"split": "all", "variant": variant, "arm": "guess", "temperature": None, "n": 40}
+    return {**row, "metrics": {"first": [1, 1, 1], "solved": [2.04, 2, 3]}}
+
+
+def gap_row(variant, arm, base, temperature):
+    """A row of paired differences."""
+    gap = VALUES[arm][0] - VALUES[base][0]
+    row = {"split": "all", "variant": variant, "temperature": temperature, "arm": arm, "base": base}
+    metrics = {"solved": [gap, gap - 3, gap + 4.5]}
+    return {**row, "metrics": metrics, "per_seed": {"solved": [gap - 1, gap + 2]}}
+
+
 def evaluation(**changes):
-    """Two variants at two temperatures; recognition is not known of the reference policy."""
+    """Two variants at two temperatures."""
     table, differences = [], []
     for variant in VARIANTS:
-        for arm, (value, low, high) in VALUES.items():
-            for temperature in (0.2, 0):
-                metrics = {
-                    "first": [value - 10, low - 10, high - 10],
-                    "solved": [value, low, high],
-                    "recognized": [value + 10, low, high + 10],
-                }
-                table.append(
-                    {
-                        "split": "all",
-                        "variant": variant,
-                        "arm": arm,
-                        "temperature": temperature,
-                        "n": 40,
-                        "metrics": metrics,
-                        "per_seed": {"solved": [value - 5, value + 4], "recognized": [None, 1]},
-                        "grades": {
-                            "first": {"correct": value - 10, "wrong_value": 110 - value},
-                            "retries": {"illegal": 75, "correct": 25},
-                            "repeated": 33.3,
-                        },
-                    }
-                )
-        table.append(
-            {
-                "split": "all",
-                "variant": variant,
-                "arm": "guess",
-                "temperature": None,
-                "n": 40,
-                "metrics": {"first": [1, 1, 1], "solved": [2.04, 2, 3]},
-            }
-        )
-        for arm, base in (("sft", "Init"), ("rl", "Init"), ("rl", "sft")):
-            for temperature in (0.2, 0):
-                gap = VALUES[arm][0] - VALUES[base][0]
-                metrics = {"solved": [gap, gap - 3, gap + 4.5]}
-                per_seed = {"solved": [gap - 1, gap + 2]}
-                differences.append(
-                    {
-                        "split": "all",
-                        "variant": variant,
-                        "temperature": temperature,
-                        "arm": arm,
-                        "base": base,
-                        "metrics": metrics,
-                        "per_seed": per_seed,
-                    }
-                )
+        for arm, temperature in product(VALUES, (0.2, 0)):
+            table.append(arm_row(variant, arm, temperature))
+        table.append(policy_row(variant))
+        pairs = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
+        for (arm, base), temperature in product(pairs, (0.2, 0)):
+            differences.append(gap_row(variant, arm, base, temperature))
     curve = {
         "Init": [[10, 60, 50, 70, 90, [[55, 89], [64, 91]]]],
         "sft": [[10, 60, 50, 70, 90], [40, 80, 70, 90, 60]],
