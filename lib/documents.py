@@ -100,7 +100,10 @@ def shown_arms(sft="sft"):
 
 
 def headline_block(fields, folder):
-    """Rule OOD of the four tasks, the paper's beside ours. fields: {sft: {task: training}}."""
+    """Rule OOD of the four tasks, their trained rule and the paper's figures beside it.
+
+    fields: {sft: {task: training}}.
+    """
     body = []
     for label, (name, place) in HEADLINE.items():
         results = read(ROOT / "results" / f"{name}.json")
@@ -108,8 +111,13 @@ def headline_block(fields, folder):
         theirs = map(str, paper(f"{task} rule OOD").values())
         arms = shown_arms((fields or {}).get("sft", {}).get(task, "sft"))
         ours = [value_text(results, place, arm, greedy=False) for arm in arms.values()]
-        body.append([label, *ours, " / ".join(theirs)])
-    return markdown(["rule OOD, %", *NAMES.values(), "paper (11B): Init / SFT / RL"], body)
+        split, _, metric = place
+        trained = [arm_value(results, [split, "ID", metric], arm, results.temperatures[0]).value
+                   for arm in arms.values()]
+        body.append([label, *ours, " / ".join(f"{value:.0f}" for value in trained),
+                     " / ".join(theirs)])
+    return markdown(["rule OOD, %", *NAMES.values(), "ID: Init / SFT / RL",
+                     "paper (11B), rule OOD: Init / SFT / RL"], body)
 
 
 def table_block(fields, folder):

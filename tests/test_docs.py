@@ -65,6 +65,11 @@ def test_links_lead_somewhere(path):
             assert anchor in anchors(found), target
 
 
+@every_document
+def test_nothing_is_left_of_a_merge(path):
+    assert not re.search(r"^(<<<<<<<|=======|>>>>>>>)", path.read_text(), re.MULTILINE)
+
+
 def commands(path):
     """(script, arguments) of every `python ...` in a file's shell blocks and backticks."""
     text = "\n".join([*blocks(path, "bash"), *re.findall(r"`(python [^`]*)`", path.read_text())])
