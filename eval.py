@@ -78,8 +78,9 @@ def columns(episodes):
 def in_percent(counts, episodes, statistic):
     """The Measured of counts (n, K, 2) of n episodes, in % or points."""
     clusters = [episode["cluster"] for episode in episodes]
-    seeds = [episode["seed"] for episode in episodes]
-    return measure(counts * torch.tensor([100, 1]), clusters, seeds, statistic)
+    seeds = [episode["training"] for episode in episodes]
+    percent = counts * torch.tensor([100, 1])  # (right, of): a right one counts 100
+    return measure(percent, clusters, seeds, statistic)
 
 
 def stacked(cells, metric):
@@ -146,13 +147,15 @@ def above_curve(trained, other, metric):
         to the arm's compute, and to its metric in the trained variant. One that it never comes to
         is left out.
     """
-    parts = []
+    halves = []
     for checkpoints in (trained, other):
         cells = [columns(checkpoint.episodes) for checkpoint in checkpoints]
-        parts.append(stacked(cells, metric))  # (n, k + 1, 2)
-    rest = map(torch.zeros_like, parts)  # what is not played in the other variant
-    halves = [torch.cat([parts[0], next(rest)], 1), torch.cat([next(rest), parts[1]], 1)]
-    counts = torch.cat(halves)  # (n + n, 2 (k + 1), 2)
+        halves.append(stacked(cells, metric))  # (n, k + 1, 2)
+    # an episode counts in the half of the variant that it was played in, and nothing in the other
+    n, m = map(len, halves)
+    counts = torch.zeros(n + m, 2, len(trained), 2)
+    counts[:n, 0], counts[n:, 1] = halves
+    counts = counts.flatten(1, 2)  # (n + m, 2, k + 1, 2) -> (n + m, 2 (k + 1), 2)
     episodes = trained[0].episodes + other[0].episodes
     gflops = torch.tensor([checkpoint.gflops for checkpoint in trained]).double()
     row = {"metrics": {}, "per_seed": {}}
@@ -252,8 +255,8 @@ def save_merged(checkpoint, cfg, folder):
 class EvaluatedRun:
     """A run folder and its cells, each played once and kept in evaluations.jsonl (lib/cells.py).
 
-    A cell is a list of episodes {cluster, counts, grades, seed: of the training}, see rollout.py,
-    some of which also have `graded` turns.
+    A cell is a list of episodes {cluster, counts, grades, training: its Seed}, see rollout.py, some
+    of which also have `graded` turns.
     """
 
     def __init__(self, folder, cfg, loader, seed):
@@ -285,13 +288,14 @@ class EvaluatedRun:
                 if len(episodes) <= conversations:
                     episodes[-1]["turns"] = graded(record["turns"])
             self.cells.add(key, made_by(scene.env, model), episodes)  # a hub's model is here now
-        return [{**episode, "seed": self.seed} for episode in episodes]
+            if checkpoint is None:
+                bar.update(n)  # else it counts as they are played
+        return [{**episode, "training": self.seed} for episode in episodes]
 
     def play(self, place, scene, checkpoint, n, bar=None):
         """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
         e = self.cfg.eval
         if checkpoint is None:
-            bar.update(n)
             return play_reference(scene.env, place.arm, n, e.seed, e.verify_iters)
         policy = self.loader.get(checkpoint)
         ways = ("model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false")

@@ -141,7 +141,7 @@ def sampling(policy, prompts, answer):
 
     The last token alone is sampled with a full cache.
     """
-    filler = [policy.prompts.filler] * (answer - 2)
+    filler = [policy.encoder.filler] * (answer - 2)
     longer = [replace(prompt, ids=prompt.ids + filler) for prompt in prompts]
     last = f"sampling {len(prompts)} answers of {answer} tokens"
     live = policy.live
@@ -173,7 +173,7 @@ def prompts_of(policy, rows, tokens, image):
     """Prompts of so many tokens beside those of the image; the last is one shorter, as prompts of
     unlike lengths need a mask. Of as many images as are encoded at once."""
     images = [None]
-    ids = [policy.prompts.filler] * tokens
+    ids = [policy.encoder.filler] * tokens
     if image is not None:
         at_once = max(1, PATCHES_AT_ONCE // policy.family.tower_patches(image))
         images = [image.copy() for _ in range(min(rows, at_once))]
@@ -188,7 +188,7 @@ def prompts_of(policy, rows, tokens, image):
 def with_answers(policy, prompts, answers, tokens):
     """Conversations: the prompts, each with so many answers of so many tokens."""
     for _ in range(answers):
-        prompts = [prompt.answered([policy.prompts.filler] * tokens) for prompt in prompts]
+        prompts = [prompt.answered([policy.encoder.filler] * tokens) for prompt in prompts]
     return prompts
 
 

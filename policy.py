@@ -6,9 +6,10 @@ answer.
 
 Why both give the same log-probs: tokens are sampled from softmax(logits / T) without truncation,
 and `score` computes that softmax, with the same mask of forbidden tokens, from the very ids that
-were sampled. In fp32 they agree to rounding. In 16 bits reading a whole text and reading it token
-by token round differently, so that rl.py takes its old log-probs from `score` as well. (In a later
-prompt an answer stands as text and gets its ids anew; lib/batching.pack notices if they differ.)
+were sampled; weights merged for sampling are the same W + s B A. In fp32 they agree to rounding.
+In 16 bits reading a whole text and reading it token by token round differently, so that rl.py takes
+its old log-probs from `score` as well. (In a later prompt an answer stands as text and gets its ids
+anew; lib/batching.pack notices if they differ.) tests/test_policy.py and test_backbone.py hold it.
 
 Images are encoded in `_features`: while their weights stay as they are (in a rollout, or where only
 the language model learns) once, for as long as lib/images.py remembers them; otherwise in every
@@ -112,7 +113,7 @@ class Policy:
     Attributes:
         trainable: {name: parameter} of what learns, the value head apart.
         tokens: processed so far, by PHASES; images are counted in patches.
-        beyond: tokens that the official code would count in addition (`official_flops`).
+        official_extra: tokens that the official code would count in addition (`official_flops`).
         exact: sampling and scoring agree to rounding; in 16 bits they do not (see rl.py).
         scaler: of the loss, for `training.clipped_step`.
     Raises: UserError for a model that cannot be loaded or a device that is not there.
@@ -138,8 +139,8 @@ class Policy:
         # without effect but in float16, whose gradients would vanish: see lib/training.py
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.dtype == "float16")
         self.tokens = dict.fromkeys(PHASES, 0)
-        self.beyond = {"train": 0, "inference": 0}
-        if self.exact and self.merge_for_sampling:  # there is room for dense weights
+        self.official_extra = {"train": 0, "inference": 0}
+        if self.exact and self.merge_for_sampling:  # dense weights are faster to learn with, too
             learn_densely(lora_layers(self.net))
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -162,11 +163,11 @@ class Policy:
         vocabulary = torch.arange(self.base.lm_head.out_features, device=self.device)
         forbidden = (vocabulary >= len(self.tokenizer)) | (vocabulary == self.family.image_token)
         if model.random_init:
-            self.prompts = FilledPromptEncoder(self.tokenizer, self.family, model)
-            spellable = torch.tensor(self.prompts.spellable, device=self.device)
+            self.encoder = FilledPromptEncoder(self.tokenizer, self.family, model)
+            spellable = torch.tensor(self.encoder.spellable, device=self.device)
             forbidden = ~torch.isin(vocabulary, spellable)  # what is sampled must read back
         else:
-            self.prompts = PromptEncoder(self.tokenizer, self.family, model.thinking)
+            self.encoder = PromptEncoder(self.tokenizer, self.family, model.thinking)
         self.max_new_tokens = model.answer_tokens if model.random_init else model.max_new_tokens
         self.forbidden = forbidden  # (V,) bool
         ends = self.base.generation_config.eos_token_id  # one, several or None
@@ -181,15 +182,15 @@ class Policy:
 
     def encode(self, observations):
         """Prompts (Sequences) of observations {"messages", "image"}."""
-        return self.prompts.encode(observations)
+        return self.encoder.encode(observations)
 
     def encode_answers(self, texts):
         """Answer ids, the end-of-turn token included."""
-        return self.prompts.encode_answers(texts)
+        return self.encoder.encode_answers(texts)
 
     def decode(self, ids):
         """Text of answer ids, thoughts included (lib/answers.final_answer leaves them out)."""
-        return self.prompts.opened + self.prompts.decode(ids)
+        return self.encoder.opened + self.encoder.decode(ids)
 
     # ------------------------------------------------------------ sampling
     @torch.no_grad()
@@ -261,7 +262,7 @@ class Policy:
         while the cache of all grows. Returns: last hidden states (N, C), Decoding."""
         features = self._features([p.image for p in prompts])
         self.tokens["inference"] += sum(len(p.ids) for p in prompts)
-        self._count_beyond("inference", prompts, features)
+        self._count_official_extra("inference", prompts, features)
         rows = self._rows_at_once(prompts)
         states, parts = [], []
         for start in range(0, len(prompts), rows):
@@ -349,7 +350,7 @@ class Policy:
             self.net.train()
         try:
             features = self._features([s.image for s in sequences])
-            self._count_beyond("train" if learning else "inference", sequences, features)
+            self._count_official_extra("train" if learning else "inference", sequences, features)
             inputs = self._text_inputs(ids, mask, features)
             out = self.family.text_model(attention_mask=mask, use_cache=False, **inputs.prompt)
         finally:
@@ -404,14 +405,15 @@ class Policy:
         self.tokens["train_patches" if learning else "inference_patches"] += patches
         return features
 
-    def _count_beyond(self, phase, sequences, features):
-        """Count what the official code would beyond `tokens`: every prefix of a conversation up to
-        the end of an answer anew, and an image that is one token in each of them by its patches."""
+    def _count_official_extra(self, phase, sequences, features):
+        """Count what the official code would in addition to `tokens`: every prefix of a
+        conversation up to the end of an answer anew, and an image that is one token in each of them
+        by its patches."""
         for sequence, image in zip(sequences, features):
             ends = [end for _, end in sequence.spans] or [len(sequence.ids)]
-            self.beyond[phase] += sum(ends) - len(sequence.ids)
+            self.official_extra[phase] += sum(ends) - len(sequence.ids)
             if image is not None and sequence.ids.count(self.family.image_token) == 1:
-                self.beyond[phase] += len(ends) * (self.family.count_patches(image) - 1)
+                self.official_extra[phase] += len(ends) * (self.family.count_patches(image) - 1)
 
     def _autocast(self):
         """A 16-bit base computes LoRA in its own dtype, whose weights and gradients are fp32."""
@@ -446,8 +448,8 @@ class Policy:
     def official_flops(self):
         """As the official code counts: all tokens, visual ones too, at the whole model's N, and
         every prefix of a conversation anew. NaN for a run that began before this was counted."""
-        train = self.tokens["train"] + self.beyond["train"]
-        inference = self.tokens["inference"] + self.beyond["inference"]
+        train = self.tokens["train"] + self.official_extra["train"]
+        inference = self.tokens["inference"] + self.official_extra["inference"]
         return self.parameters * (6 * train + 2 * inference)
 
     def snapshot(self):

@@ -9,20 +9,8 @@ follow from run.seed and the step (`seeded`); what was logged after the checkpoi
 Deviations (docs/differences.md), each a YAML key: LoRA on a 4-bit base, a value head on detached
 features with a rate of its own, a KL penalty, scaled rewards. SFT and PPO draw the same hands.
 
-Logged per update (metrics.jsonl):
-  reward (mean per answer, paper's points), success (share of hands, or positions, solved within the
-  attempts allowed), first_attempt (share of first attempts that are right), per_step (of all
-  answers), recognition (share of first attempts that report the right observation), answers
-  (category shares), all as if each hand were played to its end (rollout.outcome); spread (of the
-  advantages, before they are normalised), steps (of the optimiser), skipped (those that float16
-  overflowed), stopped (the key that ended the update early, or null), kl_old (mean of ratio - 1 -
-  log ratio over answers: KL(old || policy), prefix weighted), kl_start (half the squared log-ratio
-  to the start, summed over an answer), clip_fraction (of ratios), entropy (nats per token),
-  explained_variance (of returns by values), value_loss (mean square), ratio_gap (mean |ratio - 1|
-  before the first step), sampler_gap (the same between what was sampled and the old log-probs,
-  which 16 bits make anew), ratio_noise (root mean square log-ratio of answers: in that gap, over
-  before the last step; from 0.2 on rounding hides much of it, docs/11b.md), grad_norm (unclipped,
-  without the value head), tokens, gflops (so far, with Init), seconds, peak_memory_gib.
+Logged per update (metrics.jsonl): how the rollout went (rollout.outcome), what the update did
+(lib/ppo.py: ppo_statistics), tokens and gflops (so far, with Init), seconds, peak_memory_gib.
 """
 from collections import Counter
 
@@ -30,13 +18,15 @@ import torch
 
 from lib.batching import micro_batches, sequences_of, shuffled_epochs
 from lib.loading import check_reads_images
+from lib.ppo import (
+    Batch, answer_logprobs, normalized, ppo_statistics, spread_of, sum_per_turn, token_weights,
+    too_far)
 from lib.progress import progress_bar
 from lib.runs import Run
 from lib.settings import load, run_main, within_memory
 from lib.training import (
-    Batch, Meter, answer_logprobs, backward, begin_at, clipped_step, load_checkpoint, normalized,
-    ppo_statistics, save_checkpoint, seeded, set_learning_rates, spread_of, sum_per_turn,
-    token_weights, too_far)
+    Meter, backward, begin_at, clipped_step, load_checkpoint, save_checkpoint, seeded,
+    set_learning_rates)
 from policy import Policy
 from rollout import Play, collect, make_env, outcome, summary, training_seeds, transcript
 
@@ -91,13 +81,14 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
 
     Args:
         new, old, start: (A,) log-probs of the answer tokens now, before the update, and under the
-            start policy (None: no KL penalty).
+            start policy, which others call the reference (None: no KL penalty).
         weights: (A,) of the tokens' log-probs in the ratio of their turn: see token_weights.
         turn_of: (A,) which of the S turns a token belongs to, 0..S-1.
         advantages, values, returns: (S,). entropy: (A,) of the policy at each token, nats.
         ppo: cfg.ppo: ratio ("turn" or "token"), clip, max_ratio and the coefficients.
         size: of the minibatch: size.turns, size.tokens.
-    Returns: scalar loss; dict of sums over the micro-batch (numbers), for the log.
+    Returns: scalar loss; dict of sums over the micro-batch (numbers), for the log. Whatever
+        ppo.ratio is, kl_old, ratio_gap and exploded (ppo.max_ratio) are those of turns.
     """
     turns, tokens = len(advantages), len(new)  # S, A
     token_log_ratio = new - old  # (A,)
@@ -113,14 +104,14 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
     loss = policy_loss + ppo.value_coef * value_loss - ppo.entropy_coef * turn_entropy.sum()
     kl_start = torch.zeros(())
     if start is not None:
-        # KL(pi || start) by half the squared log-ratio: on policy its gradient is the KL's, and it
-        # stays linear in the gap, where the usual exp(gap) - 1 - gap explodes on tokens that the
+        # KL(pi || start) by half the squared log-ratio (k2): on policy its gradient is the KL's and
+        # linear in the gap, where that of exp(gap) - 1 - gap (k3) explodes on tokens that the
         # policy has left, above all at T = 0.2
         kl_start = 0.5 * (start - new).square().sum()
         loss = loss + ppo.kl_coef * kl_start
     ratio = turn_log_ratio.exp()
     sums = {"turns": turns, "ratios": turns if ppo.ratio == "turn" else tokens,
-            "policy_loss": policy_loss.item(), "value_loss": value_loss.item(),
+            "loss": loss.item(), "value_loss": value_loss.item(),
             "entropy": turn_entropy.sum().item(), "clipped": clipped.item(),
             "kl_old": (ratio - 1 - turn_log_ratio).sum().item(), "kl_start": kl_start.item(),
             "ratio_gap": (ratio - 1).abs().sum().item(),
@@ -140,15 +131,16 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
     if ppo.normalize_advantages:
         advantages = normalized(advantages, ppo.min_spread)
     weights = [token_weights(policy, turn, key, ppo.prefix_weight) for turn in turns]
-    batch = Batch(turns, sequences_of(turns, ppo.envs), advantages, returns, weights, spread)
+    packed = sequences_of(turns, ppo.envs)
     if policy.exact:
-        batch.old = batch.sampled
+        old = [turn.logprobs for turn in turns]
     else:  # 16 bits sample and score differently: the ratio must start at 1 (paper's code: too)
-        batch.old = answer_logprobs(policy, batch.packed, ppo.micro_tokens, ppo.temperature)
+        old = answer_logprobs(policy, packed, ppo.micro_tokens, ppo.temperature)
+    start_logprobs = None
     if ppo.kl_coef:
         with policy.weights_of(start):
-            batch.start = answer_logprobs(policy, batch.packed, ppo.micro_tokens, ppo.temperature)
-    return batch
+            start_logprobs = answer_logprobs(policy, packed, ppo.micro_tokens, ppo.temperature)
+    return Batch(turns, packed, advantages, returns, weights, old, start_logprobs, spread)
 
 
 def update(policy, optimizer, batch, ppo, generator):
@@ -182,8 +174,7 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
     sums["stopped"] = too_far(sums, ppo)
     if sums["stopped"]:
         return sums
-    total = sums["policy_loss"] + sums["value_loss"]  # finite if the loss is
-    norm = clipped_step(policy, optimizer, ppo.max_grad_norm, total,
+    norm = clipped_step(policy, optimizer, ppo.max_grad_norm, sums["loss"],
                         "the PPO loss is not finite; lower ppo.lr or ppo.value_lr")
     sums.update(grad_norm=norm or 0.0, skipped=int(norm is None))
     return sums
@@ -218,7 +209,7 @@ def main(arguments):
             state = load_checkpoint(run.last, policy, optimizer)
             play.restore(state["play"])
         else:
-            play.warm_up(policy, ppo.verify_iters - 1, ppo.temperature,
+            play.burn_in(policy, ppo.verify_iters - 1, ppo.temperature,
                          seeded(policy.device, "warm up", cfg.run.seed))
 
     steps = range(run.step, ppo.updates)
@@ -247,7 +238,8 @@ def main(arguments):
             optimizer.zero_grad()  # rollouts have a use for the memory
             record = {"step": step + 1, **outcome(rollout.turns), **learned, **meter.spent()}
             run.log("metrics", record)
-            for turn in rollout.turns[::ppo.turns * ppo.envs // 8 + 1]:  # of other slots and times
+            apart = len(rollout.turns) // 8 + 1
+            for turn in rollout.turns[::apart]:  # of other environments and times
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})
             bar.set_postfix_str(f"{summary(record)} {meter.rate()}", refresh=False)
 

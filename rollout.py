@@ -99,7 +99,7 @@ class Play:
             self._begin(slot)
         return turn
 
-    def warm_up(self, policy, turns, temperature, generator):
+    def burn_in(self, policy, turns, temperature, generator):
         """Turns that nothing is learned from: with verify_iters - 1 of them the first update meets
         every attempt, as all others do."""
         with policy.inference():
@@ -170,7 +170,16 @@ def collect(policy, play, turns, temperature, generator, progress):
 
 
 def outcome(turns):
-    """What the verifier saw in a rollout: see rl.py's glossary. None where nothing was counted.
+    """What the verifier saw in a rollout, as if each hand were played to its end.
+
+    Returns: dict of
+        reward: mean per answer, in the paper's points,
+        success: share of hands, or positions of walks, solved within the attempts allowed,
+        first_attempt: share of first attempts that are right,
+        per_step: share of all answers that are right,
+        recognition: share of first attempts that report the right observation,
+        answers: {category: share of the answers};
+        None where nothing was counted.
 
     A rollout cuts hands and walks off anywhere, and those that fail take longer: shares of the
     hands that happen to end, or of its answers as they come, change from update to update though

@@ -57,8 +57,9 @@ def train_step(policy, optimizer, batch, sft):
     answer_tokens = sum(end - start for sequence in batch for start, end in sequence.spans)
     optimizer.zero_grad()
     loss = 0.0
-    for group in micro_batches([(sequence,) for sequence in batch], sft.micro_tokens):
-        scored = policy.score([sequence for sequence, in group])
+    items = [(sequence,) for sequence in batch]
+    for group in micro_batches(items, sft.micro_tokens):
+        scored = policy.score([sequence for (sequence,) in group])
         part = -scored["logprobs"].sum() / answer_tokens
         backward(policy, part)
         loss += part.item()

@@ -165,9 +165,10 @@ class Comparison:
         for source in sft:
             if start and (source.folder == start[0].parent or own_start(source) == start):
                 self._add_partner(arm, source, start)
-        for source in sft:
-            if source.name == "sft" and not arm.partners:
-                self._add_partner(arm, source, own_start(source))
+        if not arm.partners:
+            for source in sft:
+                if source.name == "sft":
+                    self._add_partner(arm, source, own_start(source))
 
     def _add_partner(self, arm, source, start):
         partner = self._add_sft(source, self._nearest(source, arm))

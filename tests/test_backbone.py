@@ -263,7 +263,7 @@ def test_prompts_are_read_in_parts(policy, turns, monkeypatch, pictures, rows, p
         )
         for what, t in zip(pictures, turns)
     ]
-    prompts[1].ids.insert(len(prompts[1].ids) // 2, policy.prompts.filler)
+    prompts[1].ids.insert(len(prompts[1].ids) // 2, policy.encoder.filler)
     assert_read_in_parts(policy, prompts, monkeypatch, rows, parts)
 
 

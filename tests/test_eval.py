@@ -346,7 +346,7 @@ def test_training_begins_spread_along_the_walks(toy):
     policy, play = Walker(), Play(walks(), iter(range(100)), spread=True)
     assert [env.at for env in play.envs] == [int(i / 4 * len(play.envs[i].rail)) for i in range(4)]
     assert sum(env.at > 0 for env in play.envs) >= 2
-    play.warm_up(policy, 1, 0, None)
+    play.burn_in(policy, 1, 0, None)
     state = json.loads(json.dumps(play.state()))
     again = Play(walks(), iter(range(100)))
     again.restore(state)
@@ -825,7 +825,7 @@ def test_what_never_occurs_is_left_out(main, toy):
 
 # ---------------------------------------------------------------- compute, counted officially
 @pytest.mark.parametrize(
-    "ids, spans, patches, beyond",
+    "ids, spans, patches, extra",
     [
         ([0] * 4, [], None, 0),  # a prompt
         ([0] * 10, [(3, 10)], None, 0),  # one answer
@@ -835,11 +835,11 @@ def test_what_never_occurs_is_left_out(main, toy):
         ([9] * 4, [], 16, 0),  # Qwen's image tokens are in the prompt already
     ],
 )
-def test_what_the_official_code_counts_beyond_ours(ids, spans, patches, beyond):
+def test_what_the_official_code_counts_beside_ours(ids, spans, patches, extra):
     family = SimpleNamespace(image_token=9, count_patches=lambda features: features)
-    policy = SimpleNamespace(family=family, beyond={"train": 0, "inference": 0})
-    Policy._count_beyond(policy, "train", 2 * [Sequence(ids, spans)], 2 * [patches])
-    assert policy.beyond == {"train": 2 * beyond, "inference": 0}
+    policy = SimpleNamespace(family=family, official_extra={"train": 0, "inference": 0})
+    Policy._count_official_extra(policy, "train", 2 * [Sequence(ids, spans)], 2 * [patches])
+    assert policy.official_extra == {"train": 2 * extra, "inference": 0}
 
 
 def test_official_compute_of_an_older_run_is_not_known(main, monkeypatch):
@@ -1037,7 +1037,7 @@ def at_shares(*shares, seed=0, gflops=0):
         episodes = []
         for hand in range(20):
             counts = {"solved": (int(hand < 20 * share), 1)}
-            episodes.append({"cluster": (variant, hand), "seed": seed, "counts": counts})
+            episodes.append({"cluster": (variant, hand), "training": seed, "counts": counts})
         found.append(evaluation.Checkpoint(gflops, episodes))
     return found
 

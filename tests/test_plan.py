@@ -207,13 +207,13 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
     """
     found = []
     for _ in range(rows):
-        ids = [policy.prompts.filler] * width
+        ids = [policy.encoder.filler] * width
         if image is not None:
             ids[1] = policy.family.image_token
             ids = policy.family.expand_image_tokens(ids, image)
         sequence = Sequence(ids, [], image and image.copy())
         for _ in range(spans):
-            sequence = sequence.answered([policy.prompts.filler] * answer)
+            sequence = sequence.answered([policy.encoder.filler] * answer)
         found.append(sequence)
     return found
 
@@ -323,7 +323,7 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
     monkeypatch.setattr(policy, "sample_tokens", 10**9)
     prompts = conversations(policy, rows, width)
     prompts = [
-        replace(p, ids=[policy.prompts.filler, policy.family.image_token, *p.ids[2:]], image=image)
+        replace(p, ids=[policy.encoder.filler, policy.family.image_token, *p.ids[2:]], image=image)
         if size
         else p
         for p in prompts

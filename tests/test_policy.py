@@ -27,7 +27,8 @@ from lib.settings import UserError
 from lib.batching import sequences_of
 from rollout import Play, evaluate, make_env, training_seeds
 from lib.batching import Sequence
-from lib.training import answer_logprobs, load_state, save_state, token_weights
+from lib.ppo import answer_logprobs, token_weights
+from lib.training import load_state, save_state
 
 documents = importlib.import_module("mini.documents")
 corpus = importlib.import_module("mini.corpus_gp")

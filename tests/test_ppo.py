@@ -12,19 +12,9 @@ from hypothesis import strategies as st
 
 import rl
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
+from lib.ppo import Batch, Size, normalized, ratio_noise, token_weights
 from lib.settings import UserError
-from lib.training import (
-    Batch,
-    Size,
-    backward,
-    clipped_step,
-    learning_rate,
-    load_checkpoint,
-    normalized,
-    ratio_noise,
-    save_checkpoint,
-    token_weights,
-)
+from lib.training import backward, clipped_step, learning_rate, load_checkpoint, save_checkpoint
 from policy import token_logprobs
 from rl import clipped_surrogate, gae, ppo_loss
 from rollout import Play, Rollout, collect, make_env, outcome, training_seeds
@@ -202,7 +192,7 @@ def test_ppo_loss_by_hand():
             "turns": 2,
             "ratios": 2,
             "clipped": 2,
-            "policy_loss": -4.6,
+            "loss": -4.6 + 0.5 * 5 - 0.1 * 1.2 + 2 * 0.07,
             "value_loss": 5,
             "entropy": 1.2,
             "kl_start": 0.07,
@@ -405,7 +395,7 @@ def test_main_scales_rewards_before_gae(tmp_path, monkeypatch):
         learn=lambda values_alone: None,
     )
     monkeypatch.setattr(rl, "start_policy", lambda cfg, init: policy)
-    monkeypatch.setattr(Play, "warm_up", lambda *arguments: None)
+    monkeypatch.setattr(Play, "burn_in", lambda *arguments: None)
     monkeypatch.setattr(rl, "collect", lambda *arguments: given)
     monkeypatch.setattr(rl, "prepare", seen)
     with pytest.raises(Seen) as stopped:
@@ -660,13 +650,14 @@ def test_rounding_is_measured_by_what_the_policy_moved():
     weights = [torch.tensor([0.5, 1.0]), torch.tensor([1.0])]
     old = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
     sampled = [torch.tensor([-1.02, -2.02]), torch.tensor([-2.96])]
-    batch = SimpleNamespace(weights=weights, old=old, sampled=sampled)
+    turns, same = ([SimpleNamespace(logprobs=answer) for answer in of] for of in (sampled, old))
+    batch = SimpleNamespace(weights=weights, old=old, turns=turns)
     first = {"log_ratio_squared": 7.0, "turns": 4}
     last = {"log_ratio_squared": 0.02, "turns": 4}
     assert ratio_noise(batch, [first, last]) == pytest.approx(0.5, rel=1e-4)
     assert ratio_noise(batch, [last]) is None  # nothing has been learned before it
     assert ratio_noise(batch, [first, {"log_ratio_squared": 0.0, "turns": 4}]) is None
-    exact = SimpleNamespace(weights=weights, old=old, sampled=old)
+    exact = SimpleNamespace(weights=weights, old=old, turns=same)
     assert ratio_noise(exact, [first, last]) == 0
 
 
@@ -700,7 +691,7 @@ class OneWeight:
         self.weight = torch.nn.Parameter(torch.tensor([2.0]))
         self.trainable = {"weight": self.weight}
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        self.tokens, self.beyond = {"train": 0}, {"train": 0}
+        self.tokens, self.official_extra = {"train": 0}, {"train": 0}
         self.optimizer = torch.optim.SGD([self.weight], lr=0.1)
 
     def step(self, loss):
@@ -801,7 +792,7 @@ def test_what_is_logged_does_not_depend_on_where_rollouts_cut_hands_off():
                 turns.append(graded(attempt, correct))
                 attempts[slot] = 1 if correct or attempt == 5 else attempt + 1
         if rollout == 0:
-            continue  # as Play.warm_up does
+            continue  # as Play.burn_in does
         seen = outcome(turns)
         assert seen["success"] == pytest.approx(solved, abs=0.01)
         assert seen["per_step"] == pytest.approx(0.3, abs=0.01)

@@ -345,7 +345,7 @@ def test_run_continues_in_another_place(whole, after_sft, tmp_path, monkeypatch)
     run("rl", Path("moved"), "model.path=./weights")
     assert_same_run(Path("moved/rl"), whole / "rl")
     state = torch.load("moved/rl/step_3/trainer.pt", weights_only=True)
-    counted = {"tokens", "beyond", "gflops", "official_gflops"}
+    counted = {"tokens", "official_extra", "gflops", "official_gflops"}
     assert set(state) == {"optimizer", *counted, "play", "scaler"}
 
 

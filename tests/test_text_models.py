@@ -23,7 +23,7 @@ import sft
 from lib.answers import CUT_OFF, final_answer
 from lib.batching import Sequence, pack, sequences_of
 from lib.settings import UserError, load
-from lib.training import token_weights
+from lib.ppo import token_weights
 from policy import Policy
 from rollout import Play
 
@@ -296,7 +296,7 @@ def test_a_template_that_refuses_is_one_line(settings, llama, tmp_path, template
 def test_the_setting_reaches_the_template(settings, llama, tmp_path, thinking, ending):
     folder = with_template(llama, tmp_path, THINKING)
     policy = made(settings, folder, quantization="none", thinking=thinking)
-    assert policy.prompts._text([{"role": "user", "content": "1"}]).endswith(ending)
+    assert policy.encoder._text([{"role": "user", "content": "1"}]).endswith(ending)
     assert policy.decode([]) == ""
 
 

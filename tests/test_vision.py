@@ -22,7 +22,7 @@ import gp
 import sft
 from lib.settings import UserError
 from lib.batching import sequences_of
-from lib.training import answer_logprobs, token_weights
+from lib.ppo import answer_logprobs, token_weights
 from rollout import Play, collect, evaluate, make_env, play_reference, training_seeds
 from lib.batching import Sequence, pack
 
@@ -339,7 +339,7 @@ PIECES = st.lists(
 
 def check_spelled(policy, text):
     """The next prompt has the special tokens of two user turns around an answer, and no more."""
-    assert set(policy.prompts.special_tokens) == set(SPECIAL)
+    assert set(policy.encoder.special_tokens) == set(SPECIAL)
     bos, user, assistant, end, eye, _ = policy.tokenizer.convert_tokens_to_ids(SPECIAL)
     special = set(policy.tokenizer.convert_tokens_to_ids(SPECIAL))
     env = make_env({"name": "gp", "image_size": [112, 112]}, 5)

@@ -262,7 +262,7 @@ def one_round(case, iteration, cfg, answers, rows, seed):
         ppo = changed(cfg.ppo, envs=answers // cfg.ppo.turns)
         envs = [iteration.env() for _ in range(ppo.envs)]
         play = Recorded(envs, count(seed), spread=True)
-        play.warm_up(iteration.policy, ppo.verify_iters - 1, ppo.temperature, iteration.sampler)
+        play.burn_in(iteration.policy, ppo.verify_iters - 1, ppo.temperature, iteration.sampler)
         play.asked.clear()
         record = ours(iteration, play, ppo)
         return record, trl(cfg, thinned(play.asked, GROUP), rows)
