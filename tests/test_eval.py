@@ -1060,7 +1060,7 @@ def test_ppo_above_the_curve_of_sft_by_hand():
 def test_paired_difference_of_identical_arms_is_exactly_zero():
     def cell(solved):
         counts = [{"first": (i % 2, 1), "solved": (solved[i], 1)} for i in range(100)]
-        return [{"cluster": i // 3, "seed": 0, "counts": counts[i]} for i in range(100)]
+        return [{"cluster": i // 3, "training": 0, "counts": counts[i]} for i in range(100)]
 
     one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
     arms = {"a": one, "b": one, "c": two}
