@@ -110,13 +110,14 @@ def _splits(values):
 
 
 @lru_cache(maxsize=None)
-def _reach(values):
+def _makeable(values):
     """{number: set of Terms} that one to three values can make, each used once."""
     if len(values) == 1:
         return {Fraction(values[0]): {Terms("", (str(values[0]),), ())}}
     made = defaultdict(set)
     for first, second in _splits(values):
-        for (x, x_terms), (y, y_terms) in product(_reach(first).items(), _reach(second).items()):
+        pairs = product(_makeable(first).items(), _makeable(second).items())
+        for (x, x_terms), (y, y_terms) in pairs:
             for operation, result in _results(x, y).items():
                 for x_term, y_term in product(x_terms, y_terms):
                     made[result].add(_join(x_term, operation, y_term))
@@ -133,10 +134,10 @@ def solutions(values, target=24):
     target = Fraction(target)
     found = set()
     for first, second in _splits(values):
-        y_reach = _reach(second)
-        for x, x_terms in _reach(first).items():
+        y_terms_of = _makeable(second)
+        for x, x_terms in _makeable(first).items():
             for operation, y in _partners(x, target).items():
-                for x_term, y_term in product(x_terms, y_reach.get(y, ())):
+                for x_term, y_term in product(x_terms, y_terms_of.get(y, ())):
                     found.add(_join(x_term, operation, y_term).text())
     return tuple(sorted(sorted(found), key=len))
 

@@ -34,16 +34,16 @@ from bitsandbytes.nn import Params4bit
 
 GIB = 2**30
 MARGIN = 1.0  # GiB kept for the CUDA context and for gaps between blocks
-KEYS = {  # what makes the moments of a phase smaller
+REMEDIES = {  # keys that make the moments of a phase smaller
     "sft.py": ("sft.micro_tokens", "model.gradient_checkpointing"),
     "rl.py rollout": ("model.sample_tokens", "model.merge_for_sampling"),
     "rl.py update": ("ppo.micro_tokens", "model.gradient_checkpointing"),
     "eval.py": ("model.sample_tokens", "model.merge_for_sampling", "eval.batch_size")}
-PHASES = tuple(KEYS)
+PHASES = tuple(REMEDIES)
 SWITCHES = {"model.gradient_checkpointing": True, "model.merge_for_sampling": False}
 NOT_SHAPE = ("sample_tokens", "merge_for_sampling", "gradient_checkpointing", "memory",
              "image_cache", "prompt_tokens", "revision_tokens", "max_new_tokens")
-KNOWN = {}  # policies by the settings of their weights
+POLICIES = {}  # policies by the settings of their weights
 
 
 # ---------------------------------------------------------------- the policy without storage
@@ -124,12 +124,12 @@ def policy_of(cfg):
     shape = {key: value for key, value in vars(cfg.model).items() if key not in NOT_SHAPE}
     image = picture(cfg.env, cfg.ppo.verify_iters)
     key = repr((shape, cfg.lora, cfg.ppo.value_hidden, image is None))
-    if key not in KNOWN:
+    if key not in POLICIES:
         policy = MetaPolicy(cfg.model, cfg.lora, cfg.ppo.value_hidden)
         policy.checkpointing = False
         learning(policy, with_answers(policy, prompts_of(policy, 1, 8, image), 1, 2))
-        KNOWN[key] = policy
-    policy = KNOWN[key]
+        POLICIES[key] = policy
+    policy = POLICIES[key]
     policy.merge_for_sampling = cfg.model.merge_for_sampling
     policy.checkpointing = cfg.model.gradient_checkpointing
     return policy
@@ -336,7 +336,7 @@ def advice(cfg, name, free):
     fitting = []
     if sum(lying(cfg, policy_of(cfg), name).values()) > free:
         return fitting
-    for key in KEYS[name]:
+    for key in REMEDIES[name]:
         section, setting = key.split(".")
         changed = deepcopy(cfg)
         now = getattr(getattr(cfg, section), setting)
@@ -390,7 +390,7 @@ def main(arguments):
         if fitting:
             print(f"{name} fits with {' or '.join(fitting)}")
         else:
-            print(f"{name}: no single key of {', '.join(KEYS[name])} is enough")
+            print(f"{name}: no single key of {', '.join(REMEDIES[name])} is enough")
     sys.exit(1 if over else 0)
 
 

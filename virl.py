@@ -51,21 +51,22 @@ WRONG = {"wrong_action": "the action is wrong",
 
 # ---------------------------------------------------------------- reading an answer
 KEYS = ("current observation", "current instruction", "action")
-# An action without its spaces, hyphens and quotes
+# An action without its spaces, hyphens and quotes: "forward()", "turndirection(northeast)"
 _MOVE = re.compile(r"(forward|stop)(?:\(\))?")
 _TURN = re.compile(r"turndirection(?:\((?:(?:x|direction)=)?(\w+)\)|(\w+))")
-# "<landmark> is on your left front" and the like
+# "Gym Luna is on your left front", "... is in front of you"
 _HALF = "left|right|front|behind|back|rear"
 _SEEN = re.compile(rf" is (?:located |situated |just |directly )*"
                    rf"(?:(?:on|to|at|in) (?:your|the|my) ({_HALF})(?:[ -]({_HALF}))?\b|"
                    r"(?:in )?(front|behind)(?: of)? (?:you|me)\b)")
-# What goes before the clause with a landmark: a sentence, or "you are at an intersection, and"
+# Before the clause with a landmark: "Turn left. ", "You are at an intersection, and "
 _CLAUSE_BEFORE = re.compile(r".*(?:[.;!?\n]|\bintersection\b[^.;!?\n]{0,40}?"
                             r"(?:[,:]|\b(?:and|with|where|while|but)\b))", re.DOTALL)
-# What goes before the landmark in its clause
+# Before the landmark in its clause: "you can see the ", "the destination, "
 _LEAD = re.compile(r"^(?:(?:(?:(?:i am|i'm|you are|you're|we are) at )?the destination|"
                    r"(?:i|you|we)(?: can)? (?:see|observe)|there is|and|also|but|while|where|with|"
                    r"now|here|that|the|an?|your)[ ,:]+)+")
+# "no landmark is on your left"; "no intersection", "not at an intersection", "intersection: none"
 _NO_LANDMARK = re.compile(r"(?:there is )?(?:no landmarks?|nothing|none)\b")
 _NO_INTERSECTION = re.compile(
     r"\bno (?:\w+ (?:or|and|nor) (?:an |any )?)?(?:\w+ )?intersection|"
@@ -125,7 +126,7 @@ class Position:
     """One point of the rail: where one stands, what there is to see, and what is right."""
     place: tuple  # (x, y) metres
     heading: int  # degrees
-    leg: int  # of the route: ahead of a turn; behind or around any other position
+    leg: int  # of the route; a turn belongs to the leg that it leads into
     action: str  # turn, forward or stop
     observation: str  # oracle text
 
