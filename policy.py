@@ -385,7 +385,9 @@ class Policy:
         """How the text model reads prompts (B, T): families.TextInputs."""
         if features[0] is None:
             return text_only(ids, mask)
-        on_device = [tuple(f.to(self.device) for f in image) for image in features]
+        on_device = []
+        for image in features:
+            on_device.append(tuple(part.to(self.device) for part in image))
         return self.family.text_inputs(ids, mask, on_device)
 
     def _features(self, images):

@@ -78,7 +78,9 @@ def find_trainings(runs, kind, chosen=()):
     if chosen:
         names &= set(chosen)
     for name in sorted(names, key=natural_order):
-        paths = [[path for _, path in checkpoints(run / name)] for run in runs]
+        paths = []
+        for run in runs:
+            paths.append([path for _, path in checkpoints(run / name)])
         if all(paths):
             found.append(Training(name, paths))
     return found

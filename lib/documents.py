@@ -108,14 +108,14 @@ def headline_block(fields, folder):
     for label, (name, place) in HEADLINE.items():
         results = read(ROOT / "results" / f"{name}.json")
         task = label.split(",")[0]
-        theirs = map(str, paper(f"{task} rule OOD").values())
-        arms = shown_arms((fields or {}).get("sft", {}).get(task, "sft"))
-        ours = [value_text(results, place, arm, greedy=False) for arm in arms.values()]
         split, _, metric = place
-        trained = [arm_value(results, [split, "ID", metric], arm, results.temperatures[0]).value
-                   for arm in arms.values()]
-        body.append([label, *ours, " / ".join(f"{value:.0f}" for value in trained),
-                     " / ".join(theirs)])
+        ours, trained = [], []
+        for arm in shown_arms((fields or {}).get("sft", {}).get(task, "sft")).values():
+            ours.append(value_text(results, place, arm, greedy=False))
+            found = arm_value(results, [split, "ID", metric], arm, results.temperatures[0])
+            trained.append(f"{found.value:.0f}")
+        theirs = map(str, paper(f"{task} rule OOD").values())
+        body.append([label, *ours, " / ".join(trained), " / ".join(theirs)])
     return markdown(["rule OOD, %", *NAMES.values(), "ID: Init / SFT / RL",
                      "paper (11B), rule OOD: Init / SFT / RL"], body)
 

@@ -206,7 +206,8 @@ def draw_frontier(panels, path):
             thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
             thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
             others = panel.results.curves[panel.variant][arm]
-            x, y = [[point.value for point in path] for path in (points, others)]
+            x = [point.value for point in points]
+            y = [point.value for point in others]
             draw_path(axis, x, y, **thick, label=training_name(arm))
             for x, y in zip(paths_of_seeds(points), paths_of_seeds(others)):
                 draw_path(axis, x, y, **thin)
@@ -227,5 +228,7 @@ def draw_path(axis, x, y, **look):
 
 def paths_of_seeds(points):
     """Per seed the values of the metric at each of the Points."""
-    per_point = [[value for value, _ in point.per_seed] for point in points]
+    per_point = []
+    for point in points:
+        per_point.append([value for value, _ in point.per_seed])
     return zip(*per_point)

@@ -41,8 +41,11 @@ def played(policy, cfg, variant, verify_iters):
 
 def share(records, metric):
     """Share of right ones in all records together; a walk that never stopped counts no stop."""
-    counts = [record["counts"][metric] for record in records if metric in record["counts"]]
-    return sum(right for right, _ in counts) / max(1, sum(of for _, of in counts))
+    right = of = 0
+    for record in records:
+        more_right, more = record["counts"].get(metric, (0, 0))
+        right, of = right + more_right, of + more
+    return right / max(1, of)
 
 
 def categories(records):

@@ -114,8 +114,9 @@ def in_groups(seeds, answers, group):
 
 def thinned(asked, group):
     """Every group-th of the turns, taken in the order of their prompts' lengths."""
-    by_length = sorted(asked, key=lambda turn: sum(len(m["content"]) for m in turn[2]))
-    return by_length[group // 2::group]
+    def length(turn):
+        return sum(len(message["content"]) for message in turn[2])
+    return sorted(asked, key=length)[group // 2::group]
 
 
 # ---------------------------------------------------------------- ours
@@ -210,8 +211,9 @@ def new_trainer(cfg, asked, rows, folder):
     class Timed(GRPOTrainer):
         def _generate(self, prompts):
             found, self.sampling = cpu_timed(super()._generate, prompts)
-            self.lengths = [mean(len(ids) for ids in found[i]) for i in (0, 1)]
-            self.answers = len(found[1])
+            prompts, answers, *_ = found
+            self.lengths = [mean(map(len, prompts)), mean(map(len, answers))]
+            self.answers = len(answers)
             return found
 
     loaded = load_base(cfg.model, torch.device("cpu"))
