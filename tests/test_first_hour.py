@@ -1,6 +1,9 @@
 """tools/first_hour.py: what it would do on a card, in which order; stopping costs nothing."""
 
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,18 +155,39 @@ def test_stopped_by_hand_it_keeps_what_it_has(tmp_path, monkeypatch, asked):
     assert json.loads(path.read_text())["steps"] == {"tests": {"status": "stopped", "tries": 1}}
 
 
-def test_a_process_out_of_time_is_asked_to_stop_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(first_hour, "GRACE", 30)
-    script = tmp_path / "sleeps.py"
-    told = tmp_path / "told"
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_process_out_of_time_is_asked_to_stop_first(tmp_path, monkeypatch, handler):
+    """In the background of a shell, too, whose jobs ignore Ctrl-C."""
+    script, ready, told = (tmp_path / name for name in ("sleeps.py", "ready", "told"))
     script.write_text(f"""import pathlib, time
 try:
+    pathlib.Path({str(ready)!r}).touch()
     time.sleep(60)
 except KeyboardInterrupt:
     pathlib.Path({str(told)!r}).touch()
 """)
-    assert first_hour.ended([str(script)], 35) is None and told.exists()
-    assert first_hour.ended(["-c", "raise SystemExit(3)"], 60) == 3
+
+    class Sleeper(subprocess.Popen):
+        """Its time is over as soon as it sleeps."""
+
+        out_of_time = False
+
+        def wait(self, timeout=None):
+            if self.out_of_time:
+                return super().wait(timeout)
+            self.out_of_time = True
+            while not ready.exists():
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired("python", timeout)
+
+    monkeypatch.setattr(first_hour, "GRACE", 60)
+    assert first_hour.ended(["-c", "raise SystemExit(3)"], 120) == 3
+    monkeypatch.setattr(first_hour.subprocess, "Popen", Sleeper)
+    own = signal.signal(signal.SIGINT, handler)
+    try:
+        assert first_hour.ended([str(script)], 120) is None and told.exists()
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"steps"'])

@@ -184,6 +184,8 @@ def ended(command, seconds):
     It is then asked to stop, as by Ctrl-C: sft.py and rl.py keep the step under way, pytest writes
     its report.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     try:
         return process.wait(max(1, seconds - GRACE))
