@@ -17,10 +17,13 @@ A family is a class, made of (base, image_processor, tokenizer), with
 Another model that works like one of them needs a line in FAMILIES; another way of seeing needs a
 class of some 40 lines (docs/new_family.md). A language model without images is a TextOnly.
 """
+import re
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -35,6 +38,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lib.settings import UserError
 
+VERSION_4 = transformers.__version__.startswith("4.")  # its 4.57 does; requirements.txt has 5
 AROUND = "<fake_token_around_image>"  # around each tile of SmolVLM
 TILE_NAMES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 
@@ -152,7 +156,7 @@ def _checkpointed(layer, forward, **inputs):
 
 
 class Inline:
-    """Qwen2.5-VL and Qwen3-VL: an image's patches stand among the text tokens, in 3-D positions."""
+    """Qwen2-VL, 2.5 and 3: an image's patches stand among the text tokens, in 3-D positions."""
     parts = {"language": "model.language_model|lm_head",
              "projector": r"model.visual\.(?:merger|deepstack_merger_list)",
              "vision": r"model.visual(?!\.merger|\.deepstack)"}
@@ -185,12 +189,12 @@ class Inline:
         pixels = self.image_processor(images, return_tensors="pt")
         grids = pixels["image_grid_thw"]  # (B, 3)
         pixels = pixels.to(self.model.device)
-        out = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"],
-                                            return_dict=True)
-        sizes = [len(embeddings) for embeddings in out.pooler_output]
-        layers = [out.pooler_output]
-        for layer in getattr(out, "deepstack_features", ()):
-            # one tensor in transformers 5.17, already split by image in 5.23
+        out = self.model.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"])
+        first, further = _by_image(out)
+        sizes = [len(embeddings) for embeddings in first]
+        layers = [first]
+        for layer in further:
+            # one tensor up to transformers 5.17, already split by image in 5.23
             layers.append(layer.split(sizes) if torch.is_tensor(layer) else layer)
         embeddings, *deeper = [[each.to(self.dtype) for each in layer] for layer in layers]
         return list(zip(embeddings, grids, *deeper))
@@ -204,14 +208,34 @@ class Inline:
         embeddings, grids, *deeper = zip(*features)
         is_image = ids == self.image_token  # (B, T)
         embedded = with_images(self, ids, embeddings)
-        where, offset = self.model.get_rope_index(
-            ids, is_image.int(), image_grid_thw=torch.stack(grids).to(ids.device),
-            attention_mask=mask)
+        where = self._positions(ids, mask, torch.stack(grids).to(ids.device))
+        offset = where.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)  # (B, 1)
         prompt = {"inputs_embeds": embedded, "position_ids": where}  # where: (3, B, T)
         if deeper:
             prompt["visual_pos_masks"] = is_image
             prompt["deepstack_visual_embeds"] = [torch.cat(layer) for layer in deeper]
         return TextInputs(prompt, {}, offset)
+
+    def _positions(self, ids, mask, grids):
+        """(3, B, T) of prompts (B, T) with one image each, whose patches are grids (B, 3). The
+        offset that comes with them counts padding in transformers 4."""
+        is_image = ids == self.image_token
+        if not VERSION_4:
+            return self.model.get_rope_index(ids, is_image.int(), image_grid_thw=grids,
+                                             attention_mask=mask)[0]
+        # it counts images by the token before them, which an answer may hold, too
+        stray = (ids == self.model.config.vision_start_token_id) & ~is_image.roll(-1, 1)
+        return self.model.get_rope_index(ids.masked_fill(stray, 0), image_grid_thw=grids,
+                                         attention_mask=mask)[0]
+
+
+def _by_image(out):
+    """What Qwen's get_image_features returns, in transformers 5 or 4: embeddings of each image, and
+    those of deeper layers (Qwen3-VL)."""
+    if not isinstance(out, tuple):
+        return out.pooler_output, getattr(out, "deepstack_features", ())
+    deepstack = len(out) == 2 and isinstance(out[1], list)
+    return out if deepstack else (out, ())
 
 
 class Tiled:
@@ -305,7 +329,8 @@ class TextOnly:
 
     def __init__(self, base, image_processor, tokenizer):
         self.base = base
-        self.text_model = base.base_model
+        # base_model would do, but for Gemma 3 in transformers 4
+        self.text_model = getattr(base, "model", base.base_model)
 
     def expand_image_tokens(self, ids, image):
         if image is not None:
@@ -332,8 +357,8 @@ class TextOnly:
                             "than its lm_head's (capped or scaled): not supported")
 
 
-FAMILIES = {"mllama": CrossAttention, "qwen2_5_vl": Inline, "qwen3_vl": Inline, "idefics3": Tiled,
-            "smolvlm": Tiled}  # by model_type
+FAMILIES = {"mllama": CrossAttention, "qwen2_vl": Inline, "qwen2_5_vl": Inline, "qwen3_vl": Inline,
+            "idefics3": Tiled, "smolvlm": Tiled}  # by model_type
 
 
 def family_of(config):
@@ -355,6 +380,16 @@ def auto_class(config):
     return AutoModelForImageTextToText
 
 
+def _layers(config, patterns):
+    """Names of the linear layers that patterns match: transformers 4 takes no pattern and would
+    quantise them, saying nothing."""
+    with init_empty_weights():
+        base = auto_class(config).from_config(config)
+    names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in names
+            if any(re.match(pattern, name) or name.endswith(pattern) for pattern in patterns)]
+
+
 def quantization(model, config):
     """transformers' settings of 4-bit NF4 with double quantisation, or None.
 
@@ -364,6 +399,8 @@ def quantization(model, config):
         return None
     parts = family_of(config).parts
     kept = [parts.get(name, name) for name in model.keep_unquantized]
+    if VERSION_4:
+        kept = _layers(config, kept)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                               bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=getattr(torch, model.dtype),

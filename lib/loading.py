@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
-from lib.families import NO_PICTURES, TextOnly, auto_class, family_of, quantization
+from lib.families import (
+    NO_PICTURES, VERSION_4, TextOnly, auto_class, family_of, quantization)
 from lib.random_weights import random_base
 from lib.settings import ROOT, UserError, find_model, one_line, out_of_memory
 
@@ -88,6 +89,8 @@ def _load(model, device):
     """A model with its weights, from a folder or the hub."""
     path = find_model(model.path)
     config = AutoConfig.from_pretrained(path)
+    if VERSION_4:
+        _check_positions(config.get_text_config(), model.path)
     family = _family(config, model.tune)
     tokenizer = _tokenizer(path, model.path)
     image_processor = load_image_processor(path, family)
@@ -100,6 +103,18 @@ def _load(model, device):
         raise UserError(f"model.path: the weights of {model.path!r} lack {len(lost)} tensors, "
                         f"such as {lost[0]}")
     return Loaded(tokenizer, image_processor, base, family(base, image_processor, tokenizer))
+
+
+def _check_positions(text, path):
+    """Raises: UserError where transformers 4 would pass over the rotary positions that transformers
+    5 wrote, and say nothing. text: configuration of the text model."""
+    written = getattr(text, "rope_parameters", None) or {}
+    by_layer = any(isinstance(value, dict) for value in written.values())
+    scaled = written.get("rope_type", "default") != "default" and not text.rope_scaling
+    if by_layer or scaled or written.get("rope_theta", text.rope_theta) != text.rope_theta:
+        raise UserError(f"model.path: the config.json of {path!r} was written by transformers 5, "
+                        "and this version 4 would read other positions: pip install -r "
+                        "requirements.txt")
 
 
 def _load_random(model, device):
@@ -135,8 +150,9 @@ def load_image_processor(path, family):
     """
     if family is TextOnly:
         return None
+    by_pil = {"use_fast": False} if VERSION_4 else {"backend": "pil"}
     try:
-        return AutoImageProcessor.from_pretrained(path, backend="pil")
+        return AutoImageProcessor.from_pretrained(path, **by_pil)
     except (ImportError, ValueError) as error:
         if "torchvision" not in str(error).lower():
             raise
@@ -180,8 +196,13 @@ def _check_folders(model):
 
 
 def _check_dtype(model, device):
-    """Raises: UserError if the card lacks these 16 bits, which PyTorch would emulate, slowly."""
-    if device.type != "cuda" or model.dtype == "float32":
+    """Raises: UserError if the card lacks these 16 bits, which PyTorch would emulate, slowly, or if
+    the CPU does not compute in them."""
+    if model.dtype == "float32":
+        return
+    if device.type == "cpu":
+        _try_on_cpu(model.dtype)
+    if device.type != "cuda":
         return
     has_float16 = torch.cuda.get_device_capability(device) >= (5, 3)
     has = {"float16": has_float16,
@@ -193,18 +214,32 @@ def _check_dtype(model, device):
                         f"model.dtype={other} shows whether it fits)")
 
 
+def _try_on_cpu(dtype):
+    """Raises: UserError if PyTorch has no such matrix product here."""
+    ones = torch.ones(2, 2, dtype=getattr(torch, dtype))
+    try:
+        torch.nn.functional.linear(ones, ones).softmax(-1)
+    except RuntimeError as error:
+        raise UserError(f"model.dtype={dtype}, but PyTorch does not compute in it on this CPU "
+                        f"({one_line(error)}); use model.dtype=float32") from None
+
+
 def _unavailable(path, error):
     """Why a model cannot be had and what to do, in one line."""
     was_there = isinstance(error, (RuntimeError, SafetensorError))
     if os.path.isdir(find_model(path)) or was_there:
         return f"model.path: cannot load {path!r}: {one_line(error)}"
-    if any(word in str(error) for word in ("gated", "401", "403")):
-        reason = "its licence is not accepted with this login"
-    else:
-        reason = ("no such folder, and not on the hub, or the hub is out of reach "
-                  f"({one_line(error)})")
-    return (f"model.path: cannot load {path!r}: {reason}; accept the licence at "
-            f"https://huggingface.co/{path} and log in (hf auth login), or give a local folder. "
-            "Llama 3.2 Vision grants no rights to individuals domiciled, or companies based, in "
-            "the EU: name another model, such as model.path=Qwen/Qwen2.5-VL-7B-Instruct. "
-            "model.random_init=true needs no weights")
+    gated = any(word in str(error) for word in ("gated", "401", "403"))
+    llama = "llama-3.2" in path.lower()
+    reason = ("its licence is not accepted with this login" if gated else
+              "no such folder, and not on the hub, or the hub is out of reach "
+              f"({one_line(error)})")
+    line = f"model.path: cannot load {path!r}: {reason}; "
+    if gated or llama:
+        line += (f"accept the licence at https://huggingface.co/{path} and log in "
+                 "(hf auth login), or ")
+    line += "give a local folder. "
+    if llama:
+        line += ("Llama 3.2 Vision grants no rights to individuals domiciled, or companies based, "
+                 "in the EU: name another model, such as model.path=Qwen/Qwen2.5-VL-7B-Instruct. ")
+    return line + "model.random_init=true needs no weights"

@@ -23,7 +23,7 @@ class PromptEncoder:
     Attributes: opened: what of an answer the template writes itself: "<think>" or nothing;
     in_parts: the template would drop a message that is a plain string (SmolVLM's); lead: what it
     writes between the start of the model's turn and an answer (SmolVLM's: a space).
-    Raises: UserError if the chat template refuses a conversation.
+    Raises: UserError if the chat template refuses a conversation or leaves out what is said.
     """
 
     def __init__(self, tokenizer, family, thinking):
@@ -37,6 +37,10 @@ class PromptEncoder:
         self.in_parts = QUESTION not in self._text([question])
         prompt = self._text([question])
         whole = self._text([question, {"role": "assistant", "content": ANSWER}])
+        for role, said, written in (("user", QUESTION, prompt), ("assistant", ANSWER, whole)):
+            if said not in written:  # it would be trained on prompts without the task
+                raise UserError(f"model.path: the model's chat template leaves out what the {role} "
+                                "says, as if it knew no such role; name another model")
         self.lead = between(prompt, ANSWER, whole)
         self.opened = THOUGHT if prompt.rstrip().endswith(THOUGHT) else ""
 

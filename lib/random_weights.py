@@ -23,7 +23,8 @@ def skeleton(model, config):
                                               attn_implementation="sdpa")
     _tie_head(base)
     if settings is not None:
-        replace_with_bnb_linear(base, settings.llm_int8_skip_modules, settings)
+        replace_with_bnb_linear(base, modules_to_not_convert=settings.llm_int8_skip_modules,
+                                quantization_config=settings)
         base.is_loaded_in_4bit = True  # as peft wants to know
     return base.eval()
 

@@ -400,6 +400,17 @@ def test_missing_or_gated_model_is_one_line_that_says_what_to_do(monkeypatch, er
         assert word in line
 
 
+def test_another_model_out_of_reach_is_not_told_of_llama_s_licence(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
+    cfg = load([str(ROOT / "configs/8gb/gp_l.yaml"), "model.device=cpu"])[0]
+    with pytest.raises(UserError, match="out of reach .*; give a local folder") as caught:
+        policy_module.Policy(cfg.model, cfg.lora)
+    assert "Llama" not in str(caught.value) and "licence" not in str(caught.value)
+
+
 @pytest.mark.parametrize("path", ["/nowhere/llama", "./llama", "mini/typo"])
 def test_a_slip_in_a_local_path_does_not_ask_the_hub(path):
     cfg = load([str(PICTURES), f"model.path={path}"])[0]

