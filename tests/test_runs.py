@@ -49,7 +49,7 @@ TINY = (
     "ppo.updates=3",
     "ppo.save_every=1",
     "ppo.temperature=0.7",
-    "ppo.envs=6",
+    "ppo.envs=4",
     "ppo.turns=2",
     "ppo.minibatch=4",
     "ppo.epochs=2",
@@ -543,7 +543,7 @@ def finite(value):
     ids=str,
 )
 def test_variants_of_ppo_run(after_sft, overrides):
-    run("rl", after_sft, "ppo.updates=1", *overrides)
+    run("rl", after_sft, "ppo.updates=1", *overrides, tiny=(*TINY, "ppo.envs=2"))
     (folder,) = after_sft.glob("rl-*")
     (record,) = lines(folder / "metrics.jsonl")
     assert finite(record), record
