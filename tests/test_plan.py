@@ -689,7 +689,7 @@ def test_what_does_not_fit_names_keys_that_make_it_fit(capsys):
     for phase, fixes in helped.items():
         for fix in fixes.split(" or "):
             change = fix.split(" (")[0]
-            needed = large("virl_vl", *overrides, change, phases=[phase])[phase].peak[0]
+            needed = large("virl_vl", *overrides, change, phases=(phase,))[phase].peak[0]
             assert needed <= 13 * GIB, change
         first.append(fixes.split(" (")[0])
     assert main(capsys, LARGE / "virl_vl.yaml", *overrides, *first)[0] == 0
