@@ -18,9 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more are slower for models this
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "mini" / "gp_l.yaml"
 PICTURES = CONFIG.with_name("gp_vl.yaml")
-FROZEN = (  # the language model alone learns
+FROZEN = (  # the language model alone learns, in the words of the text configurations
     "model.tune=[language]",
-    r"lora.target_modules='.*language_model.*\.(q|k|v|o|gate|up|down)_proj'",
+    r"lora.target_modules='.*language_model.*\.(q_proj|k_proj|v_proj|o_proj"
+    r"|gate_proj|up_proj|down_proj)'",
 )
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 

@@ -386,6 +386,7 @@ def main(tmp_path, monkeypatch):
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(evaluation, "Policy", Walker)
     monkeypatch.setattr(evaluation, "load_state", spent)
+    monkeypatch.setattr(yaml, "SafeLoader", yaml.CSafeLoader)  # else a third of the time
     return lambda *overrides: evaluation.main([str(tmp_path / "toy.yaml"), *overrides]), folder
 
 

@@ -277,8 +277,10 @@ def test_what_the_image_shows_matters(policy, settings):
     assert (a - b).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "dtype, checkpointing",
+    [("float32", False), ("float32", True), ("bfloat16", True), ("float16", True)],
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_adapter_on_the_way_learns(make, turns, checkpointing, dtype, device):
     policy = make(gradient_checkpointing=checkpointing, dtype=dtype, device=device)

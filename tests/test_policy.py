@@ -134,9 +134,15 @@ def test_tokens_are_drawn_from_the_softmax_at_that_temperature(policy, temperatu
 
 
 def test_batched_greedy_answers_are_those_of_single_prompts(policy, prompts):
-    """Whatever the padding, and although rows that are done leave the batch early."""
+    """Whatever the padding, and although rows that are done leave the batch early. Their log-probs
+    are those of T = 1.
+    """
     together = greedy(policy, prompts)
     assert len({len(a.ids) for a in together}) > 1
+    with torch.no_grad():
+        scored = policy.score([p.answered(a.ids) for p, a in zip(prompts, together)], 1.0)
+    sampled = torch.cat([a.logprobs for a in together])
+    torch.testing.assert_close(scored["logprobs"], sampled, rtol=0, atol=1e-4)
     for prompt, answer in [*zip(prompts, together)][::2]:
         (single,) = greedy(policy, [prompt])
         assert single.ids == answer.ids
@@ -317,6 +323,8 @@ def test_compute_is_counted_as_in_the_paper(make_policy, turns):
     n = sum(t.numel() for t in load_file(ROOT / "mini/gp/model.safetensors").values())
     assert policy.parameters == n  # 4-bit packing does not shrink N
     assert policy.flops() == 6 * n * trained + 2 * n * read
+    policy.beyond.update(train=10, inference=100)  # see test_eval.py
+    assert policy.official_flops() == policy.flops() + n * (6 * 10 + 2 * 100)
 
 
 # ---------------------------------------------------------------- gradients

@@ -49,12 +49,13 @@ TINY = (
     "ppo.updates=3",
     "ppo.save_every=1",
     "ppo.temperature=0.7",
-    "ppo.envs=6",
+    "ppo.envs=4",
     "ppo.turns=2",
     "ppo.minibatch=4",
     "ppo.epochs=2",
-    "eval.splits={all: 8}",
-    "eval.curve_n=4",
+    "model.max_new_tokens=32",  # a right answer has 29
+    "eval.splits={all: 4}",
+    "eval.curve_n=2",
     "eval.verify_iters=2",
     "eval.batch_size=8",
     "eval.temperatures=[0.2, 0]",
@@ -195,10 +196,9 @@ def test_sft_begins_at_a_checkpoint_with_its_weights_and_compute(after_sft):
     assert names[arm.name] == ["Init"]
 
 
-def test_same_seed_same_numbers_and_other_seed_others(whole, after_sft, tmp_path):
+def test_same_seed_same_numbers_and_other_seed_others(whole, tmp_path):
+    """Of SFT; PPO that is stopped in its first update, see below, begins again."""
     assert_same_run(run("sft", tmp_path / "again") / "sft", whole / "sft")
-    assert_same_run(run("rl", after_sft) / "rl", whole / "rl")
-    assert log(after_sft / "rl", "transcripts") == log(whole / "rl", "transcripts")
     assert log(run("sft", tmp_path / "other", "run.seed=1") / "sft") != log(whole / "sft")
 
 
@@ -241,7 +241,7 @@ STOPS = [
     ("sft", "checkpoint", 2),
     ("rl", "step", 1),
     pytest.param("rl", "step", 3, marks=pytest.mark.slow),
-    ("rl", "checkpoint", 1),
+    pytest.param("rl", "checkpoint", 1, marks=pytest.mark.slow),
     pytest.param("rl", "checkpoint", 2, marks=pytest.mark.slow),
 ]
 
@@ -449,7 +449,7 @@ def test_float16_learns_and_goes_on_to_the_same_numbers(tmp_path):
     """SFT 5 steps and an update of PPO, whole and stopped in between; a step that float16 overflows
     is one that is logged as skipped.
     """
-    half = ("model.dtype=float16", "ppo.updates=1")
+    half = ("model.dtype=float16", "ppo.updates=1", "sft.batch_size=2", "ppo.envs=2")
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     for folder in (whole, parts):
         folder.parent.mkdir()
@@ -474,7 +474,7 @@ def test_the_value_head_learns_first_and_the_run_goes_on(whole, after_sft, tmp_p
     """Two updates of the value head alone leave Init's adapter; the third moves it. Stopped after
     the first, the run ends the same.
     """
-    warm = (*TINY, "ppo.value_warmup=2")
+    warm = (*TINY, "ppo.value_warmup=2", "ppo.envs=2")
     parts = tmp_path / "parts" / "run"
     shutil.copytree(after_sft, parts)
     run("rl", after_sft, tiny=warm)
@@ -557,7 +557,7 @@ def finite(value):
     ids=str,
 )
 def test_variants_of_ppo_run(after_sft, overrides):
-    run("rl", after_sft, "ppo.updates=1", *overrides)
+    run("rl", after_sft, "ppo.updates=1", *overrides, tiny=(*TINY, "ppo.envs=2"))
     (folder,) = after_sft.glob("rl-*")
     (record,) = lines(folder / "metrics.jsonl")
     assert finite(record), record
@@ -655,7 +655,7 @@ def test_evaluation_shows_every_arm(evaluated):
     for word in (*arms, "ID", "rule OOD", "greedy", "T = 0.2"):
         assert word in printed
     report = json.loads((folder / "evaluation.json").read_text())
-    assert len(report["table"]) == 2 * 2 * 3 and all(r["n"] == 8 for r in report["table"])
+    assert len(report["table"]) == 2 * 2 * 3 and all(r["n"] == 4 for r in report["table"])
     for row in report["table"]:
         assert set(row["metrics"]) == {"solved", "per_step", "first", "recognized"}
         for mean, low, high in row["metrics"].values():
@@ -837,13 +837,13 @@ TINY_PICTURES = (
     "sft.steps=3",
     "sft.init_step=1",
     "sft.save_every=1",
-    "sft.batch_size=4",
+    "sft.batch_size=2",
     "ppo.init=sft/step_1",
     "ppo.updates=2",
     "ppo.envs=4",
     "ppo.verify_iters=2",  # as many as there are turns: each update has first attempts
-    "eval.splits={all: 6, unseen: 4}",
-    "eval.curve_n=2",
+    "eval.splits={all: 3, unseen: 2}",
+    "eval.curve_n=1",
     "eval.verify_iters=2",
     "eval.temperatures=[0.2]",
 )
@@ -873,7 +873,7 @@ def test_runs_on_pictures_log_recognition_and_the_compute_of_seeing(seeing):
     assert [r["step"] for r in updates] == [1, 2]
     for record in supervised:
         assert math.isfinite(record["loss"])
-        assert record["tokens"]["train_patches"] == 4 * 65 * record["step"]
+        assert record["tokens"]["train_patches"] == 2 * 65 * record["step"]
     categories = {"correct", "wrong_value", "wrong_numbers", "illegal", "misread"}
     for record in updates:
         assert 0 <= record["recognition"] <= 1 and record["ratio_gap"] < 3e-4
@@ -923,7 +923,7 @@ def test_visual_ood_plays_the_hands_of_id_by_all_arms(seeing):
     for cell in lines(folder / "evaluations.jsonl"):
         _, _, env, split, _, n, *_ = cell["key"]
         suits = env.get("suits")
-        if suits in hands and env["rule"] == "ten" and split == "all" and n == 6:
+        if suits in hands and env["rule"] == "ten" and split == "all" and n == 3:
             hands[suits].add(tuple(clusters(cell)))
     assert len(hands["red"]) == 1 and hands["red"] == hands["black"]
 

@@ -422,6 +422,7 @@ WITHOUT_GPU = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason=
     "script, override, named",
     [
         ("sft", "ppo.clp=0.2", "ppo.clip"),
+        ("sft", "model.path=/no/such/model", "/no/such/model"),
         pytest.param("sft", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
         ("rl", "ppo.init=sft/step_7", "sft/step_7"),
         ("rl", "ppo.init=damaged", "damaged"),
@@ -442,16 +443,15 @@ def test_user_error_ends_a_script_with_exit_code_2(
     assert list(tmp_path.iterdir()) == [damaged]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, override, named",
     [
-        pytest.param("sft.py", "ppo.clp=0.2", "ppo.clip", marks=pytest.mark.slow),
+        ("sft.py", "ppo.clp=0.2", "ppo.clip"),
         ("sft.py", "model.path=/no/such/model", "/no/such/model"),
-        pytest.param(
-            "sft.py", "model.device=cuda", "model.device", marks=[WITHOUT_GPU, pytest.mark.slow]
-        ),
-        pytest.param("rl.py", "ppo.init=sft/step_7", "sft/step_7", marks=pytest.mark.slow),
-        pytest.param("rl.py", "ppo.init=damaged", "damaged", marks=pytest.mark.slow),
+        pytest.param("sft.py", "model.device=cuda", "model.device", marks=WITHOUT_GPU),
+        ("rl.py", "ppo.init=sft/step_7", "sft/step_7"),
+        ("rl.py", "ppo.init=damaged", "damaged"),
     ],
 )
 def test_user_error_is_one_line_and_exit_code_2(tmp_path, script, override, named):

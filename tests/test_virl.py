@@ -382,6 +382,15 @@ def test_reports_where_there_is_nothing_to_see(at_cafe):
         assert (info["recognized"], info["action"]) == (seen, "forward"), observation
 
 
+@pytest.mark.parametrize("words, side", [
+    ("on your left behind", "left behind"), ("to your rear left", "left behind"),
+    ("on my right back", "right behind"), ("at the front right", "right front"),
+    ("behind you", "behind"), ("in front of me", "front"),
+])
+def test_side_is_known_by_other_words_in_any_order(words, side):
+    assert virl.sightings(f"Blue Cafe is {words}.") == ({("blue cafe", side)}, False)
+
+
 def test_destination_may_be_called_so_or_by_its_name(at_cafe):
     env = at_cafe(verify_iters=100)
     while env.rail[env.at].action != "stop":

@@ -35,7 +35,8 @@ TINY = (
     "ppo.turns=3",
     "ppo.minibatch=4",
     "ppo.epochs=2",
-    "eval.splits={unseen: 4}",
+    "model.max_new_tokens=32",
+    "eval.splits={unseen: 2}",
     "eval.curve_n=0",
     "eval.temperatures=[0.2]",
 )
