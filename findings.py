@@ -112,8 +112,8 @@ def show(suite, numbers, crew):
     path, kept = suite.folder / "findings.json", {}
     with suppress(OSError, ValueError, KeyError):  # none yet, or damaged
         kept = json.loads(path.read_text(encoding="utf-8"))["findings"]  # other findings stay
-    merged = {number: findings.get(number, kept.get(number)) for number in suite.findings}
-    merged = {number: result for number, result in merged.items() if result}
+    known = {**kept, **findings}
+    merged = {number: known[number] for number in suite.findings if number in known}
     written = {"folder": str(suite.folder), "quick": suite.quick, "findings": merged}
     write_atomic(path, json.dumps(written, indent=1) + "\n")
     print(f"written: {path}", file=sys.stderr)

@@ -48,16 +48,20 @@ def share(records, metric):
     return right / max(1, of)
 
 
+def turns_of(records):
+    """All Turns of some episodes."""
+    return list(chain(*[record["turns"] for record in records]))
+
+
 def categories(records):
     """{category: share of first answers}."""
-    turns = list(chain(*[record["turns"] for record in records]))
-    first = [turn.info["category"] for turn in turns if turn.info["attempt"] == 1]
+    first = [turn.info["category"] for turn in turns_of(records) if turn.info["attempt"] == 1]
     return {name: n / len(first) for name, n in Counter(first).most_common()}
 
 
 def in_format(records, key):
     """Share of all answers that hold the task's key."""
-    turns = list(chain(*[record["turns"] for record in records]))
+    turns = turns_of(records)
     return sum(key in turn.text for turn in turns) / len(turns)
 
 

@@ -20,11 +20,12 @@ wall-clock seconds, falls below `threads` where other programs had a share.
 """
 from dataclasses import replace
 from itertools import count
-from statistics import mean, median
+from statistics import median
 from time import perf_counter, process_time
 
 from measure import (
-    Iteration, changed, command_line, machine, new_policy, reset_peak, timed, write_json)
+    Iteration, changed, command_line, machine, mean_lengths, new_policy, print_machine, reset_peak,
+    timed, write_json)
 import torch
 from tqdm import tqdm
 
@@ -131,8 +132,7 @@ def measured(way, iteration, ppo, seed):
     cores = (process_time() - cpu_began) / (perf_counter() - began)
     return turns, {
         "turns": len(turns),
-        "prompt": mean(len(turn.prompt.ids) for turn in turns),
-        "answer": mean(len(turn.answer) for turn in turns),
+        **mean_lengths(turns),
         **seconds,
         "cores": cores,
         "peak": peak_memory(device),
@@ -167,8 +167,7 @@ def environment_times(env, turns):
 
 def report(result):
     """The table: medians over the rounds; prompt and answer are mean lengths in tokens."""
-    facts = [f"{name} {value}" for name, value in result["machine"].items()]
-    print(f"\n{', '.join(facts)}\n")
+    print_machine(result)
     print(f"{'':<15}{'turns':>6}{'prompt':>8}{'answer':>8}{'rollout s':>11}{'turns/s':>9}"
           f"{'update s':>10}{'cores':>7}{'peak GiB':>10}")
     for way, records in result["rounds"].items():

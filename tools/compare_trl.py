@@ -44,7 +44,8 @@ from statistics import mean, median
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 
-from measure import Iteration, changed, command_line, machine, new_policy, write_json
+from measure import (
+    Iteration, changed, command_line, machine, mean_lengths, new_policy, print_machine, write_json)
 import torch
 from peft import LoraConfig
 from tqdm import tqdm
@@ -133,8 +134,7 @@ def ours(iteration, play, ppo):
     return {
         "answers": len(turns),
         "steps": len(steps),
-        "prompt": mean(len(turn.prompt.ids) for turn in turns),
-        "answer": mean(len(turn.answer) for turn in turns),
+        **mean_lengths(turns),
         **seconds_of(sampling, sampling + update, wall),
     }
 
@@ -286,8 +286,7 @@ def ratios_of(rounds):
 
 def report(result):
     """The table: medians over the rounds; prompt and answer are mean lengths in tokens."""
-    facts = [f"{name} {value}" for name, value in result["machine"].items()]
-    print(f"\n{', '.join(facts)}\n")
+    print_machine(result)
     keys = ("answers", "steps", "prompt", "answer", *PHASES)
     print(f"{'':<20}" + "".join(f"{key:>10}" for key in keys))
     for case, found in result["cases"].items():

@@ -79,6 +79,18 @@ def matmul_rate(seconds=0.3):
     return products * 2 * 512**3 / (process_time() - began)
 
 
+def mean_lengths(turns):
+    """Tokens of the prompts and of the answers of Turns."""
+    return {"prompt": mean(len(turn.prompt.ids) for turn in turns),
+            "answer": mean(len(turn.answer) for turn in turns)}
+
+
+def print_machine(result):
+    """The line with what a measurement was made on."""
+    facts = [f"{name} {value}" for name, value in result["machine"].items()]
+    print(f"\n{', '.join(facts)}\n")
+
+
 def reset_peak(device):
     """Forget the peak of memory so far (on a CPU in Linux alone: elsewhere it only grows)."""
     if device.type == "cuda":
