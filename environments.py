@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import gp
 import virl
 from lib.checks import check_settings
-from lib.settings import UserError
+from lib.errors import UserError
 
 ENVIRONMENTS = {"gp": gp.GeneralPoints, "virl": virl.Navigation}  # by env.name in the YAML
 

@@ -50,11 +50,11 @@ import yaml
 from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
 from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
+from lib.errors import UserError, run_main, within_memory
 from lib.progress import announce, progress_bar
 from lib.results import Nucleus, Point, Report, temperature_name
 from lib.runs import write_atomic, writing, written_whole
-from lib.settings import (
-    MAY_CHANGE, ROOT, UserError, load, run_main, with_defaults, within_memory)
+from lib.settings import MAY_CHANGE, ROOT, load, with_defaults
 from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
@@ -142,7 +142,8 @@ def point_of(checkpoint, lead):
 def above_curve(trained, other, metric):
     """How far an arm lies above a curve of SFT in another variant than the trained one.
 
-    Args: trained, other: the curve's Checkpoints in the two variants, in order, the arm's last.
+    Args: trained, other: the curve's Checkpoints in the two variants, in order, and the arm's as
+        the last. All have played the same episodes of a variant in the same order.
     Returns: as `measured`, in points, of "equal FLOPs" and "equal ID": where the curve first comes
         to the arm's compute, and to its metric in the trained variant. One that it never comes to
         is left out.
@@ -287,7 +288,8 @@ class EvaluatedRun:
                 episodes.append({part: record[part] for part in KEPT})
                 if len(episodes) <= conversations:
                     episodes[-1]["turns"] = graded(record["turns"])
-            self.cells.add(key, made_by(scene.env, model), episodes)  # a hub's model is here now
+            # made_by anew: a hub's model is on the disk only after playing
+            self.cells.add(key, made_by(scene.env, model), episodes)
             if checkpoint is None:
                 bar.update(n)  # else it counts as they are played
         return [{**episode, "training": self.seed} for episode in episodes]
@@ -312,7 +314,7 @@ class Scene(NamedTuple):
 
 
 class Evaluation:
-    """The runs of one or several seeds, what is played in each, and how far that is.
+    """The runs of one or several seeds, what is played in each, and a progress bar.
 
     Attributes: seeds: those of the runs, each once; temperatures: numbers and Nucleus; scenes:
         {(split, variant): Scene}; places: of the table, in its order.
@@ -330,7 +332,7 @@ class Evaluation:
             if name not in self.shown:
                 raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.shown)}")
         loader = Loader(cfg)
-        seeds = list(map(seed_of, self.comparison.arms[0].checkpoints))
+        seeds = list(map(seed_of, self.comparison.arms[0].checkpoints))  # one per run
         self.seeds = list(dict.fromkeys(seeds))
         self.runs = []
         for folder, seed in zip(folders, seeds):

@@ -26,9 +26,10 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from lib.errors import UserError, run_main
 from lib.jobs import Board, Crew, cores, minutes_by_job
 from lib.runs import hold, write_atomic, writing
-from lib.settings import ROOT, UserError, run_main
+from lib.settings import ROOT
 from lib.suite import Suite, chosen
 from lib.verdict_table import ONE_SEED, SEEDS, verdict_table
 from lib.verdicts import MISSING, Evaluation, verdict_of_all

@@ -78,7 +78,7 @@ def _results(x, y):
 
 
 def _partners(x, target):
-    """{operation: the y with which it makes the target (not 0) of x}."""
+    """{operation: the y for which x operation y is the target, which is not 0}."""
     partners = {"+": target - x, "-": x - target, "r-": target + x}
     if x:
         partners.update({"*": target / x, "/": x / target, "r/": target * x})

@@ -22,10 +22,11 @@ from types import SimpleNamespace
 # ours first: policy sets up the libraries before they start
 from policy import STATES_AT_ONCE, Policy
 from lib.batching import Sequence
+from lib.errors import UserError, run_main
 from lib.images import PATCHES_AT_ONCE
 from lib.live_bytes import LiveBytes, meta_kernels, replace_4bit_matmuls
 from lib.loading import reads_text_alone
-from lib.settings import UserError, find_model, load, run_main
+from lib.settings import find_model, load
 from rollout import make_env
 
 import torch

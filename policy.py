@@ -27,6 +27,7 @@ from functools import partial
 # ours first: lib sets up the libraries before they start
 from lib.batching import micro_batches
 from lib.decoding import Decoding, join, truncated
+from lib.errors import UserError
 from lib.families import text_only
 from lib.head import logits_in_float32
 from lib.images import ImageFeatures
@@ -36,7 +37,6 @@ from lib.padding import answer_tokens, pad_left, pad_right
 from lib.prompts import PromptEncoder
 from lib.random_weights import FilledPromptEncoder
 from lib.results import Nucleus
-from lib.settings import UserError
 from lib.weights import load_weights, save_merged, save_weights
 
 import torch
@@ -136,11 +136,11 @@ class Policy:
         self.trainable = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         self.dtype = getattr(torch, model.dtype)  # of the text; see families.parts_in_float32
         self.exact = self.dtype == torch.float32
-        # without effect but in float16, whose gradients would vanish: see lib/training.py
+        # active in float16 only, whose gradients would vanish: see lib/training.py
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.dtype == "float16")
         self.tokens = dict.fromkeys(PHASES, 0)
         self.official_extra = {"train": 0, "inference": 0}
-        if self.exact and self.merge_for_sampling:  # dense weights are faster to learn with, too
+        if self.exact and self.merge_for_sampling:  # one dense product is faster in training, too
             learn_densely(lora_layers(self.net))
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,7 +148,7 @@ class Policy:
         self._set_up_images(model)
         self.in_inference = False
         self.values_alone = False
-        self.net.eval()
+        self.net.eval()  # for good: sampling and scoring must agree
 
     def _count_parameters(self):
         """N of the FLOP formulas: of the whole base, and of what works on image patches."""
@@ -219,7 +219,7 @@ class Policy:
         """Answers to N prompts side by side; finished rows leave the batch."""
         hidden, decoding = self._prefill(prompts)  # (N, C)
         answers = [Answer([], [], value) for value in self.value_head(hidden).tolist()]
-        writing = answers  # those that the rows of the batch still write
+        writing = answers  # the unfinished ones, one per row
         for length in range(1, limit + 1):
             tokens, logprobs = self._choose(self._logits(hidden), temperature, generator)
             for answer, token, logprob in zip(writing, tokens.tolist(), logprobs.tolist()):
@@ -258,8 +258,8 @@ class Policy:
         return tokens, logprobs
 
     def _prefill(self, prompts):
-        """Read N prompts, some rows at a time: the activations of these rows alone need memory
-        while the cache of all grows. Returns: last hidden states (N, C), Decoding."""
+        """Read N prompts, a few rows at a time, so that only their activations need memory beside
+        the growing cache. Returns: last hidden states (N, C), Decoding."""
         features = self._features([p.image for p in prompts])
         self.tokens["inference"] += sum(len(p.ids) for p in prompts)
         self._count_official_extra("inference", prompts, features)
@@ -287,7 +287,7 @@ class Policy:
         ids, mask = pad_left(prompts, self.tokenizer.pad_token_id)
         ids, mask = ids.to(self.device), mask.to(self.device)  # (rows, T)
         inputs = self._text_inputs(ids, mask, features)
-        cache = DynamicCache()  # of whole prompts, where a model's own may keep a window alone
+        cache = DynamicCache()  # keeps whole prompts; a model's own may keep a window only
         out = self.family.text_model(attention_mask=mask, use_cache=True, past_key_values=cache,
                                      **inputs.prompt)
         decoding = Decoding(self.family.text_model, out.past_key_values, mask, inputs)

@@ -21,11 +21,12 @@ from environments import make_env, observations
 from lib.conversations import bare_answers, conversation, read_conversations, seeds_of
 from lib.curves import logs_of, panels_of
 from lib.documents import write_documents
+from lib.errors import UserError, run_main
 from lib.figures import Panel, draw_bars, draw_compute, draw_frontier, draw_growth
 from lib.page import Page, changed_settings, findings_beside, settings_files, write_page
 from lib.results import read, temperature_name
 from lib.runs import write_atomic
-from lib.settings import UserError, load, run_main
+from lib.settings import load
 from lib.tables import all_tables, training_name
 from lib.verdict_table import read_verdicts
 

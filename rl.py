@@ -3,8 +3,9 @@
     python rl.py CONFIG.yaml [key=value ...]
 
 Paper Sec. 3, App. B/C. A stopped run goes on to the same numbers: a checkpoint has weights,
-optimiser, token counts and each open episode's seed and answers, which are replayed; random numbers
-follow from run.seed and the step (`seeded`); what was logged after the checkpoint is dropped.
+optimiser, token counts (lib/training.py: load_checkpoint) and each open episode's seed and answers,
+which are replayed (Play.restore); random numbers follow from run.seed and the step (`seeded`); what
+was logged after the checkpoint is dropped (lib/runs.py).
 
 Deviations (docs/differences.md), each a YAML key: LoRA on a 4-bit base, a value head on detached
 features with a rate of its own, a KL penalty, scaled rewards. SFT and PPO draw the same hands.
@@ -17,13 +18,14 @@ from collections import Counter
 import torch
 
 from lib.batching import micro_batches, sequences_of, shuffled_epochs
+from lib.errors import run_main, within_memory
 from lib.loading import check_reads_images
 from lib.ppo import (
     Batch, answer_logprobs, normalized, ppo_statistics, spread_of, sum_per_turn, token_weights,
     too_far)
 from lib.progress import progress_bar
 from lib.runs import Run
-from lib.settings import load, run_main, within_memory
+from lib.settings import load
 from lib.training import (
     Meter, backward, begin_at, clipped_step, load_checkpoint, save_checkpoint, seeded,
     set_learning_rates)
@@ -97,7 +99,7 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
         policy_loss, clipped = clipped_surrogate(turn_log_ratio, advantages, ppo.clip)
     else:  # every token has its turn's advantage and weighs 1; the mean is over tokens
         policy_loss, clipped = clipped_surrogate(token_log_ratio, advantages[turn_of], ppo.clip)
-        policy_loss = policy_loss * size.turns / size.tokens
+        policy_loss = policy_loss * size.turns / size.tokens  # over size.turns below
     value_loss = (values - returns).square().sum()
     lengths = sum_per_turn(torch.ones_like(new), turn_of, turns)  # (S,)
     turn_entropy = sum_per_turn(entropy, turn_of, turns) / lengths  # (S,) nats per token
@@ -144,7 +146,7 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
 
 
 def update(policy, optimizer, batch, ppo, generator):
-    """PPO epochs over a batch, until the policy moves too far. Returns: statistics, see above."""
+    """PPO epochs over a batch, until the policy moves too far. Returns: of `ppo_statistics`."""
     steps = []
     for minibatch in shuffled_epochs(batch.packed, ppo.epochs, ppo.minibatch, generator):
         steps.append(minibatch_step(policy, optimizer, batch, minibatch, ppo))
@@ -200,8 +202,8 @@ def main(arguments):
         return
     with within_memory("loading the model", cfg, "model.quantization=nf4"):
         policy = start_policy(cfg, run.init)
-        start = policy.snapshot() if ppo.kl_coef else None
-        run.begin()
+        start = policy.snapshot() if ppo.kl_coef else None  # Init, before a stopped run's weights
+        run.begin()  # writes nothing before the model is there
         groups = [{"params": policy.trainable.values(), "lr": ppo.lr},
                   {"params": policy.value_head.parameters(), "lr": ppo.value_lr}]
         optimizer = torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=0.0)
@@ -239,7 +241,7 @@ def main(arguments):
             record = {"step": step + 1, **outcome(rollout.turns), **learned, **meter.spent()}
             run.log("metrics", record)
             apart = len(rollout.turns) // 8 + 1
-            for turn in rollout.turns[::apart]:  # of other environments and times
+            for turn in rollout.turns[::apart]:  # at most eight, of other environments and times
                 run.log("transcripts", {"step": step + 1, **transcript(turn)})
             bar.set_postfix_str(f"{summary(record)} {meter.rate()}", refresh=False)
 

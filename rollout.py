@@ -52,8 +52,8 @@ class Play:
 
     Args:
         envs: N environments. seeds: iterator of episode seeds, endless for training.
-        spread: the first episodes begin evenly spread along their positions, as for training: in
-            step, all walks would be at their start in the first update, and in the same streets.
+        spread: the first episodes begin evenly spread along their positions, as for training:
+            without it all walks would be at their start in the first update.
     Attributes: episodes: N Episodes, None where the seeds have run out.
     """
 
@@ -146,7 +146,7 @@ def training_seeds(run_seed):
 # ---------------------------------------------------------------- a rollout for PPO
 @dataclass
 class Rollout:
-    """T turns of N environments; nothing is missing, since each environment answers every time."""
+    """T turns of N environments; nothing is missing, since each gets an answer every time."""
     turns: list  # T * N Turns, time first
     rewards: torch.Tensor  # (T, N) in the paper's points
     values: torch.Tensor  # (T, N) V(s_t)

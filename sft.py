@@ -17,10 +17,11 @@ import random
 import torch
 
 from lib.batching import micro_batches
+from lib.errors import run_main, within_memory
 from lib.loading import check_reads_images
 from lib.progress import progress_bar
 from lib.runs import Run
-from lib.settings import load, run_main, within_memory
+from lib.settings import load
 from lib.training import (
     Meter, backward, begin_at, clipped_step, load_checkpoint, save_checkpoint, set_learning_rates)
 from policy import Policy

@@ -2,8 +2,9 @@
 
     Init    where an arm began: ppo.init of an rl* folder's own config.yaml; of an sft* folder in
             which no PPO began, its sft.init, or else its step sft.init_step
-    sft*    at the compute of the PPO that began where it did or in it: the checkpoint of nearest
-            model FLOPs. Without such PPO: at the compute of the first rl*; without any, the last
+    sft*    at the compute of PPO, of that which shares its Init or began at one of its checkpoints:
+            the checkpoint of nearest model FLOPs. Without such PPO: at the compute of the first
+            rl*; without any, the last
     rl*     the last checkpoint
 
 Several runs (seeds) are pooled: an arm is one checkpoint of each. Where one name would stand for
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 import yaml
 
+from lib.errors import UserError
 from lib.runs import checkpoints
-from lib.settings import UserError, with_defaults
+from lib.settings import with_defaults
 
 EQUAL_COMPUTE = 0.05  # model FLOPs of SFT and PPO may differ by this share
 
@@ -38,7 +40,7 @@ class Training(NamedTuple):
         return self.last[0].parent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared by identity
 class Arm:
     """A row of the table: where trainings began (Init), or a training at one of its checkpoints."""
     name: str
@@ -117,7 +119,7 @@ class Comparison:
         if not self.trainings:
             raise UserError(f"nothing to evaluate under {runs[0]}: run sft.py and rl.py first")
         self._inits = {}  # Arms by their checkpoints
-        self._sft = {training.name: {} for training in sft}  # of each training the same
+        self._sft = {training.name: {} for training in sft}  # {training: {checkpoints: Arm}}
         self.ppo = []
         for training in rl:
             self._add_ppo(training, sft)
@@ -163,7 +165,7 @@ class Comparison:
         arm = Arm(training.name, training.last)
         self.ppo.append(arm)
         start = self._start_of_ppo(training)
-        self._begin(arm, start)
+        self._note_start(arm, start)
         for source in sft:
             if start and (source.folder == start[0].parent or own_start(source) == start):
                 self._add_partner(arm, source, start)
@@ -174,7 +176,7 @@ class Comparison:
 
     def _add_partner(self, arm, source, start):
         partner = self._add_sft(source, self._nearest(source, arm))
-        self._begin(partner, start)
+        self._note_start(partner, start)
         arm.partners.append(partner)
 
     def _add_sft_alone(self, training, init):
@@ -183,12 +185,12 @@ class Comparison:
             shown, start = self._nearest(training, self.ppo[0]), own_start(training)
         else:
             shown, start = training.last, self._given_start(training, init)
-        self._begin(self._add_sft(training, shown), start)
+        self._note_start(self._add_sft(training, shown), start)
 
     def _add_sft(self, training, shown):
         return self._sft[training.name].setdefault(shown, Arm(training.name, shown))
 
-    def _begin(self, arm, start):
+    def _note_start(self, arm, start):
         """Note that an arm began from the checkpoints `start` (None: not known)."""
         if start:
             init = self._inits.setdefault(start, Arm("Init", start))

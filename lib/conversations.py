@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.errors import UserError
 from lib.runs import read_settings
-from lib.settings import UserError
 
 WRONG, MISREAD, PLAIN = "wrong", "misread", ""
 ILLEGAL = "illegal"  # category of answers in which something was not found: there is no reading

@@ -40,7 +40,9 @@ class GrowingLayer(DynamicLayer):
 
 
 class Decoding:
-    """Args:
+    """Answers under way: what the text model has read of N conversations, a token more each step.
+
+    Args:
         text_model: of the family.
         cache: transformers' key/value cache, a row per prompt.
         mask: (N, T) attention mask of what has been read.
@@ -72,8 +74,8 @@ class Decoding:
 
 
 def truncated(logits, top_p):
-    """Logits (N, V), those of tokens outside the nucleus at -inf: the fewest likeliest tokens whose
-    probabilities sum to top_p at least stay. Source: arXiv 1904.09751."""
+    """Logits (N, V), those of tokens outside the nucleus at -inf: the smallest set of likeliest
+    tokens stays whose probabilities sum to at least top_p. Source: arXiv 1904.09751."""
     probabilities, order = torch.softmax(logits, -1).sort(-1, descending=True)
     likelier = probabilities.cumsum(-1) - probabilities  # what those before a token sum to
     outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
@@ -81,7 +83,8 @@ def truncated(logits, top_p):
 
 
 def join(parts):
-    """One Decoding of several, rows one after the other; the parts give up their caches."""
+    """One Decoding of several, rows one after the other; the parts give up their caches, whose
+    layers are from now on GrowingLayers."""
     first = parts[0]
     width = max(part.mask.shape[1] for part in parts)  # T
     masks = [pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts]  # on the left
@@ -94,7 +97,8 @@ def join(parts):
 
 
 def _join_caches(caches):
-    """Append the rows of all caches to the first, layer by layer: only one is there twice."""
+    """Append the rows of all caches to the first, layer by layer: at most one layer is in memory
+    twice."""
     first = caches[0].layers
     for number, layer in enumerate(first):
         if not layer.is_initialized:  # without an image cross-attention has no keys

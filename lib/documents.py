@@ -26,10 +26,11 @@ from types import SimpleNamespace
 
 import yaml
 
+from lib.errors import UserError
 from lib.figures import Panel, draw_compute, draw_frontier
 from lib.results import read
 from lib.runs import write_atomic
-from lib.settings import ROOT, UserError
+from lib.settings import ROOT
 from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))

@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from lib.settings import UserError
+from lib.errors import UserError
 
 VERSION_4 = transformers.__version__.startswith("4.")  # its 4.57 does; requirements.txt has 5
 AROUND = "<fake_token_around_image>"  # around each tile of SmolVLM

@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from lib.errors import Terminated
 from lib.progress import EVERY
 from lib.runs import append_line, on_first_signal, writing
-from lib.settings import Terminated
 
 PAUSE = 0.2  # seconds between two looks at the children
 PATIENCE = 60  # seconds for a child that was told twice to end

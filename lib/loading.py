@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
+from lib.errors import UserError, one_line, out_of_memory
 from lib.families import (
     NO_PICTURES, VERSION_4, TextOnly, auto_class, family_of, quantization)
 from lib.random_weights import random_base
-from lib.settings import ROOT, UserError, find_model, one_line, out_of_memory
+from lib.settings import ROOT, find_model
 
 
 class Loaded(NamedTuple):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
-from lib.settings import UserError, one_line
+from lib.errors import UserError, one_line
 
 
 def add_lora(base, parts, tune, lora):

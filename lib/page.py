@@ -16,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lib.curves import HEIGHT, WIDTH
+from lib.errors import UserError
 from lib.runs import flat_settings, read_settings, write_atomic
-from lib.settings import ROOT, UserError, load
+from lib.settings import ROOT, load
 from lib.tables import training_name
 from lib.verdict_table import HEAD, VerdictTable, read_verdicts
 

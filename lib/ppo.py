@@ -10,7 +10,7 @@ from lib.answers import final_answer
 from lib.batching import micro_batches, turns_of
 
 
-# ---------------------------------------------------------------- the ratio of an answer
+# ---------------------------------------------------------------- what rl.ppo_loss takes
 def token_weights(policy, turn, key, weight):
     """(A,) weights of an answer's log-probs in the ratio of its turn.
 
@@ -74,7 +74,7 @@ def normalized(advantages, min_spread):
 
 
 class Size(NamedTuple):
-    """Of a minibatch."""
+    """How much a minibatch holds."""
     turns: int
     tokens: int  # of all their answers
 
@@ -140,7 +140,7 @@ def ppo_statistics(batch, steps):
         value_loss: mean square,
         ratio_gap: mean |ratio - 1| before the first step,
         sampler_gap: the same between what was sampled and the old log-probs (0 in float32),
-        ratio_noise: see there,
+        ratio_noise: see `ratio_noise`,
         grad_norm: mean, before clipping, without the value head.
     """
     total = Counter()
@@ -171,8 +171,8 @@ def explained_variance(returns, values):
 
 
 def sampler_log_ratios(batch):
-    """(S,) log-ratios of the turns between the old log-probs and those that were sampled from: two
-    readings of equal weights."""
+    """(S,) log-ratios of the turns between the old log-probs and those that were sampled from: the
+    model is the same, so what differs is rounding."""
     found = []
     for weights, old, turn in zip(batch.weights, batch.old, batch.turns):
         found.append((weights * (old - turn.logprobs)).sum())
@@ -185,9 +185,9 @@ def sampler_gap(batch):
 
 
 def ratio_noise(batch, steps):
-    """Rounding over movement: the root mean square of the log-ratios that the sampler makes at
-    equal weights, over that of the last minibatch's, which the steps before it have made. From 0.2
-    on rounding hides much of what is learned (docs/11b.md). None after a single step."""
+    """Rounding over movement: the root mean square of `sampler_log_ratios`, over that of the last
+    minibatch, which the steps before it have moved. From 0.2 on rounding hides much of what is
+    learned (docs/11b.md). None after a single step."""
     moved = math.sqrt(steps[-1]["log_ratio_squared"] / steps[-1]["turns"])
     if len(steps) == 1 or moved == 0:
         return None

@@ -3,7 +3,7 @@ from jinja2 import TemplateError
 
 from lib.answers import THOUGHT
 from lib.batching import Sequence
-from lib.settings import UserError, one_line
+from lib.errors import UserError, one_line
 
 # in Llama's template, which would put today's: a run continued tomorrow would read other prompts
 DATE = "26 Jul 2024"

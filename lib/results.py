@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from lib.settings import UserError
+from lib.errors import UserError
 
 
 class Estimate(NamedTuple):

@@ -29,8 +29,9 @@ from pathlib import Path
 import yaml
 
 from lib.checks import INF
+from lib.errors import Terminated, UserError, one_line, terminate
 from lib.progress import announce, warn_of_split
-from lib.settings import (MAY_CHANGE, Terminated, UserError, one_line, terminate, with_defaults)
+from lib.settings import MAY_CHANGE, with_defaults
 
 try:
     import fcntl

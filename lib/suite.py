@@ -23,8 +23,9 @@ from pathlib import Path
 from lib.checks import (
     check_settings, checked, choice, fields, list_of, mapping_of, nearest, text, whole)
 from lib.checks import number as numeric
+from lib.errors import UserError
 from lib.runs import arm_name
-from lib.settings import ROOT, UserError, load, read_yaml
+from lib.settings import ROOT, load, read_yaml
 from lib.verdicts import FINDING
 
 MINUTES = list_of(numeric(0), 2)  # as published and --quick

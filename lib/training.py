@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from lib.settings import UserError, one_line
+from lib.errors import UserError, one_line
 
 
 # ---------------------------------------------------------------- schedules and random numbers
@@ -37,8 +37,8 @@ def seeded(device, *names):
 
 
 def backward(policy, loss):
-    """The way back of a part of the loss, for `clipped_step`. In float16 the loss is scaled up:
-    its gradients would vanish."""
+    """The backward pass of a part of the loss, for `clipped_step`. In float16 the loss is scaled
+    up: its gradients would vanish."""
     policy.scaler.scale(loss).backward()
 
 
@@ -47,7 +47,7 @@ def clipped_step(policy, optimizer, max_norm, loss, problem):
 
     In float16 the scale of the loss may have been too large for its gradient: then no step is made,
     and the next one has half the scale.
-    Returns: the norm before, or None for a step that was not made.
+    Returns: the norm before clipping, or None for a step that was not made.
     Raises: UserError with `problem` if the loss (a number) or the norm is not finite; the weights
         are then as they were.
     """
@@ -89,7 +89,7 @@ def save_checkpoint(folder, policy, optimizer, **more):
     """Everything that a stopped run needs again; `more` is the script's own plain data."""
     policy.save(folder)
     save_state(folder, {"optimizer": optimizer.state_dict(), "tokens": policy.tokens,
-                        "scaler": policy.scaler.state_dict(),  # empty but in float16
+                        "scaler": policy.scaler.state_dict(),  # empty except in float16
                         "official_extra": policy.official_extra, "gflops": policy.flops() / 1e9,
                         "official_gflops": policy.official_flops() / 1e9, **more})
 

@@ -5,7 +5,7 @@ Made of findings.json, whose format is said in findings.py. No torch.
 import json
 from typing import NamedTuple
 
-from lib.settings import UserError
+from lib.errors import UserError
 
 HEAD = ("finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes")
 ONE_SEED = "hands or routes alone"

@@ -12,8 +12,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lib.errors import UserError, one_line
 from lib.families import auto_class
-from lib.settings import UserError, one_line
 
 
 def save_weights(policy, folder):

@@ -18,8 +18,9 @@ import yaml
 import gp
 import virl
 from lib.batching import Sequence
+from lib.errors import UserError, run_main
 from lib.runs import arm_name, checkpoints
-from lib.settings import UserError, load, run_main
+from lib.settings import load
 from mini import corpus_virl
 from mini.documents import SPECIAL
 from policy import Policy

@@ -22,7 +22,8 @@ import plan
 import rl
 import sft
 import policy as policy_module
-from lib.settings import UserError, load
+from lib.errors import UserError
+from lib.settings import load
 from lib.batching import sequences_of
 from rollout import make_env
 from lib.batching import Sequence

@@ -12,7 +12,7 @@ from conftest import CONFIG
 
 import compare_trl
 from compare_trl import GROUP, Revised, grading, in_groups, prompts_of, ratios_of, thinned
-from lib import settings
+from lib import errors
 from rollout import make_env
 
 
@@ -20,7 +20,7 @@ def test_without_trl_it_says_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(compare_trl, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["compare_trl.py", str(CONFIG)])
     with pytest.raises(SystemExit) as stopped:
-        settings.run_main(compare_trl.main)
+        errors.run_main(compare_trl.main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: {compare_trl.MISSING}\n"
 

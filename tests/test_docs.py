@@ -13,7 +13,7 @@ from PIL import Image
 import environments
 import gp
 import rollout
-from lib import settings
+from lib import errors, settings
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "mini" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
@@ -185,9 +185,9 @@ def test_the_example_knows_its_splits_rules_and_settings(sorting):
             env.reset(seed)
             found.add("".join(sorted(env.letters)))
     assert not problems["train"] & problems["unseen"]
-    with pytest.raises(settings.UserError, match="env.rule: 'sideways' is none of up, down"):
+    with pytest.raises(errors.UserError, match="env.rule: 'sideways' is none of up, down"):
         make(rule="sideways")
-    with pytest.raises(settings.UserError, match=r"env.rulle \(did you mean rule\?\)"):
+    with pytest.raises(errors.UserError, match=r"env.rulle \(did you mean rule\?\)"):
         make(rulle="up")
 
 

@@ -25,8 +25,8 @@ from lib.arms import Comparison, seen_notes
 from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
 from lib.decoding import truncated
+from lib.errors import UserError
 from lib.results import Nucleus
-from lib.settings import UserError
 from policy import Policy
 from rollout import Play, counts, evaluate, grades, make_env, play_reference
 

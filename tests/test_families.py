@@ -21,8 +21,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import rl
 import sft
 from lib import loading
+from lib.errors import UserError
 from lib.families import FAMILIES, VERSION_4
-from lib.settings import UserError, load
+from lib.settings import load
 from lib.batching import sequences_of
 from rollout import make_env
 from lib.batching import Sequence

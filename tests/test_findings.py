@@ -19,9 +19,10 @@ from conftest import ROOT
 import findings
 from lib import jobs as jobs_module
 from lib import suite as suite_module
+from lib.errors import UserError
 from lib.jobs import Board, Crew, minutes_by_job
 from lib.results import Estimate
-from lib.settings import UserError, load
+from lib.settings import load
 from lib.settings import override as override_one
 from lib.suite import Job, Suite, chosen
 from lib.verdicts import Evaluation, sentence, verdict, verdict_of_all
@@ -268,7 +269,7 @@ def test_signal_lets_children_save_and_the_same_goes_on(scripts, tmp_path, numbe
     scripts("one", SAVES), scripts("two", SAVES), scripts("three", "")
     program = (
         "import sys\nfrom pathlib import Path\nfrom lib import suite\n"
-        "from lib.jobs import Board, Crew\nfrom lib.settings import run_main\n"
+        "from lib.jobs import Board, Crew\nfrom lib.errors import run_main\n"
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"here = Path({str(tmp_path)!r})\nsuite.ROOT = here\n"
         "jobs = [suite.Job(n, [n + '.py'], here, 1) for n in ('one', 'two', 'three')]\n"

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT
 from first_hour import Card
 
-from lib.settings import UserError, load
+from lib.errors import UserError
+from lib.settings import load
 
 
 def test_it_says_that_there_is_no_gpu(monkeypatch):

@@ -19,7 +19,8 @@ import report
 from environments import make_env, observations
 from lib import curves, page
 from lib.conversations import conversation, read_conversations
-from lib.settings import UserError, load
+from lib.errors import UserError
+from lib.settings import load
 
 EVIL = '</pre></mark><script>alert("x")</script><img src=http://x.invalid/ onerror=alert(1)> &'
 HALF = "\ud83d"  # of a character, which JSON may spell

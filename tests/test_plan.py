@@ -24,8 +24,9 @@ from transformers import AutoConfig
 
 import plan
 from lib import head
+from lib.errors import UserError
 from lib.random_weights import skeleton
-from lib.settings import UserError, load
+from lib.settings import load
 from lib.batching import Sequence
 from policy import STATES_AT_ONCE, Policy
 

@@ -23,7 +23,7 @@ import gp
 import rl
 import sft
 from lib import head
-from lib.settings import UserError
+from lib.errors import UserError
 from lib.batching import sequences_of
 from rollout import Play, evaluate, make_env, training_seeds
 from lib.batching import Sequence

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import rl
 from lib.batching import Packed, Sequence, micro_batches, minibatches, pack, turns_of
+from lib.errors import UserError
 from lib.ppo import Batch, Size, normalized, ratio_noise, token_weights
-from lib.settings import UserError
 from lib.training import backward, clipped_step, learning_rate, load_checkpoint, save_checkpoint
 from policy import token_logprobs
 from rl import clipped_surrogate, gae, ppo_loss

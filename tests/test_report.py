@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import report
 from lib import documents
-from lib.settings import UserError
+from lib.errors import UserError
 
 VARIANTS = ("ID", "rule OOD")
 # per variant, arm and temperature: first attempt, success, recognition, each with its interval

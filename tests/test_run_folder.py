@@ -12,9 +12,10 @@ import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from lib import settings
+from lib import errors, settings
+from lib.errors import Terminated, UserError
 from lib.runs import Run, arm_name, checkpoints, find_init, hold, written_whole
-from lib.settings import Terminated, UserError, check, override
+from lib.settings import check, override
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background ignores it
 
@@ -416,7 +417,8 @@ sys.path.insert(0, "tests")
 import yaml
 from conftest import CONFIG
 from lib.runs import Run
-from lib.settings import check, run_main
+from lib.errors import run_main
+from lib.settings import check
 
 def main(arguments):
     raw = check(yaml.safe_load(CONFIG.read_text()))
@@ -460,7 +462,7 @@ def sigterm():
 @pytest.fixture
 def as_script():
     """SIGTERM as run_main sets it."""
-    before = signal.signal(signal.SIGTERM, settings.terminate)
+    before = signal.signal(signal.SIGTERM, errors.terminate)
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -484,7 +486,7 @@ def test_sigterm_is_as_ctrl_c(open_run, capfd, as_script):
                 save(again, 4, True)
         assert type(stop.value) is stopped and str(stop.value) == ""
     assert open_run("rl").last.name == "stopped_3"
-    assert signal.getsignal(signal.SIGTERM) is settings.terminate
+    assert signal.getsignal(signal.SIGTERM) is errors.terminate
 
 
 def test_exit_codes_tell_sigterm_from_ctrl_c(capsys):
@@ -492,7 +494,7 @@ def test_exit_codes_tell_sigterm_from_ctrl_c(capsys):
     try:
         for stop, code in ((sigterm, 143), (ctrl_c, 130)):
             with pytest.raises(SystemExit) as ended:
-                settings.run_main(lambda arguments, stop=stop: stop())
+                errors.run_main(lambda arguments, stop=stop: stop())
             assert ended.value.code == code and len(capsys.readouterr().err.splitlines()) == 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -31,9 +31,9 @@ import rl
 import sft
 from lib import training
 from lib.arms import Comparison
+from lib.errors import UserError
 from lib.loading import load_base
 from lib.runs import Run, checkpoints
-from lib.settings import UserError
 from lib.settings import override as override_one
 from lib.training import load_state
 from policy import Policy

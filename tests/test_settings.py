@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lib import progress
 from lib import settings as config
-from lib.settings import UserError, check, load, run_main, within_memory
+from lib.errors import UserError, run_main, within_memory
+from lib.settings import check, load
 
 
 PLAIN = yaml.safe_load(CONFIG.read_text())
@@ -502,5 +503,5 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        config.run_main(main)
+        run_main(main)
     assert stop.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1

@@ -24,7 +24,8 @@ import rl
 import sft
 from lib.answers import CUT_OFF, final_answer
 from lib.batching import Sequence, pack, sequences_of
-from lib.settings import UserError, load
+from lib.errors import UserError
+from lib.settings import load
 from lib.ppo import token_weights
 from policy import Policy
 from rollout import Play

@@ -20,7 +20,7 @@ from lib import settings as config
 from mini import corpus_gp
 import gp
 import sft
-from lib.settings import UserError
+from lib.errors import UserError
 from lib.batching import sequences_of
 from lib.ppo import answer_logprobs, token_weights
 from rollout import Play, collect, evaluate, make_env, play_reference, training_seeds

@@ -29,7 +29,8 @@ from measure import (
 import torch
 from tqdm import tqdm
 
-from lib.settings import load, run_main
+from lib.errors import run_main
+from lib.settings import load
 from lib.training import peak_memory
 from policy import Answer
 from rollout import training_seeds

@@ -37,7 +37,8 @@ from measure import (
 import torch
 
 import sft
-from lib.settings import UserError, load, one_line, out_of_memory, run_main, within_memory
+from lib.errors import UserError, one_line, out_of_memory, run_main, within_memory
+from lib.settings import load
 from lib.training import peak_memory
 from rollout import make_env, training_seeds
 

@@ -51,9 +51,10 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from lib.errors import UserError, run_main
 from lib.families import family_of
 from lib.loading import load_base
-from lib.settings import UserError, load, run_main
+from lib.settings import load
 from rollout import Play, make_env, training_seeds
 
 MISSING = ("tools/compare_trl.py needs trl, which requirements.txt leaves out: pip install "

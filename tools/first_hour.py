@@ -31,7 +31,8 @@ import torch
 import yaml
 from huggingface_hub import try_to_load_from_cache
 
-from lib.settings import ROOT, Terminated, UserError, find_model, override, run_main
+from lib.errors import Terminated, UserError, run_main
+from lib.settings import ROOT, find_model, override
 
 CARDS = ("8gb", "16gb", "11b")  # folders of configs/, the smallest first
 TASKS = ("gp_vl", "gp_l", "virl_vl", "virl_l")

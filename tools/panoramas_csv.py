@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.settings import one_line
+from lib.errors import one_line
 from scenery.official import checked_geocode, refuse_unless
 
 

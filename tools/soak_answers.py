@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gp import GeneralPoints
-from lib.settings import one_line
+from lib.errors import one_line
 from scenery.routes import SIDES, make_route
 from virl import RULES, Navigation
 

@@ -35,8 +35,9 @@ from safetensors.torch import load_file, save_file
 
 import rl
 import sft
+from lib.errors import run_main
 from lib.runs import checkpoints
-from lib.settings import ROOT, SCHEMA, override, run_main
+from lib.settings import ROOT, SCHEMA, override
 
 MAIN = {"sft": sft.main, "rl": rl.main}
 TINY = ("sft.steps=12", "sft.warmup=0", "sft.init_step=2", "sft.save_every=3", "sft.batch_size=8",
