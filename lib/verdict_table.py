@@ -76,6 +76,8 @@ def provided_row(condition):
     values = ["-" if value is None else f"{value:.1f}" for value in condition["values"]]
     share = f"start / Init <= {condition['at_most']:g}"
     says = "holds" if condition["holds"] else "does not hold"
+    if None in condition["values"]:
+        says = "not measured"
     return f"{condition['at'][0]}: provided", share, "", " / ".join(values), says, "", ""
 
 

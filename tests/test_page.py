@@ -180,7 +180,7 @@ def test_findings_beside_are_shown(written):
     assert table == [
         ["finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes"],
         ["1. RL gains", "", "", "", "NOT SHOWN", "3", "12"],
-        ["g: provided", "start / Init <= 0.5", "", "7.0 / -", "does not hold", "", ""],
+        ["g: provided", "start / Init <= 0.5", "", "7.0 / -", "not measured", "", ""],
         ["g: rule OOD, solved", "g/rl - Init", "+3.5", "+4.0 [1.0, 7.0]", "shown", "", ""],
         ["g: ID, solved", "g/rl - g/sft", "", "-", "", "", ""],
     ]
