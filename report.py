@@ -169,9 +169,8 @@ def find(arguments):
 
 
 def publish(path, target):
-    """Write an evaluation.json, rounded and without transcripts, where the documents find it.
-
-    What only a person writes there stays: what it is, and the earlier training.
+    """Write an evaluation.json or findings.json, rounded and without transcripts, where the
+    documents find it. What only a person writes there stays: what it is.
     """
     kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     text = path.read_text(encoding="utf-8")
@@ -197,6 +196,8 @@ def main(arguments):
     path = find(options.what)
     if path.name == "findings.json":
         write_suite_page(path)
+        if options.publish:
+            publish(path, options.publish)
         return
     if not path.exists() and logs_of(path.parent):
         write_training_page(path.parent)

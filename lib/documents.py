@@ -12,17 +12,15 @@ A generated block stands between two comments. The first names the block and, as
     <!-- end -->
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
-of each seed), trainings (differences by seed, and those of an earlier training), grades (of the
-answers), grid (arms against variants), figure (over compute), frontier (a picture of sources:
-{title: file}, perhaps of some variants: alone), gaps (how far PPO lies above SFT's curve). In
-headline, table and seeds, `sft: FOLDER` names the training that stands for SFT, if not `sft`; in
-figure, frontier and gaps, `without: [FOLDER]` leaves trainings out.
+of each seed), grades (of the answers), grid (arms against variants), figure (over compute),
+frontier (a picture of sources: {title: file}, perhaps of some variants: alone), gaps (how far PPO
+lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds, `sft: FOLDER`
+names the training that stands for SFT, if not `sft`; in figure, frontier and gaps, `without:
+[FOLDER]` leaves trainings out.
 """
 import json
 import os
 import re
-from itertools import product
-from types import SimpleNamespace
 
 import yaml
 
@@ -32,6 +30,7 @@ from lib.results import read
 from lib.runs import write_atomic
 from lib.settings import ROOT
 from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
+from lib.verdict_table import HEAD, read_verdicts
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
 HEADLINE = {  # task and what is measured: the file, and where its rule OOD stands there
@@ -152,22 +151,6 @@ def names_one(note, arms):
     return not arms.isdisjoint(words)
 
 
-def trainings_block(fields, folder):
-    """How far trainings differ: differences by seed, then those of the earlier training."""
-    now = read(ROOT / fields["source"])
-    before = SimpleNamespace(**{**vars(now), **now.earlier})
-    body = []
-    for (label, place), pair in product(fields["rows"].items(), PAIRS[:2]):
-        cells = [f"{label}: {pair_name(pair)}"]
-        for training in (now, before):
-            each = gap(training, place, pair)["per_seed"][place[-1]]
-            by_seed = ", ".join(f"{value:+.1f}" for value in each)
-            cells += [gap_text(training, place, pair), by_seed or "not kept"]
-        body.append(cells)
-    seeds = "seeds " + ", ".join(map(str, now.seeds))
-    return markdown(["points", "this training", seeds, "earlier training", seeds], body)
-
-
 def seeds_block(fields, folder):
     """Of each arm and paired difference: all seeds together, their mean, each."""
     results = read(ROOT / fields["source"])
@@ -260,9 +243,19 @@ def gaps_block(fields, folder):
     return markdown(head, body)
 
 
+def verdicts_block(fields, folder):
+    """The verdicts on the findings, of a findings.json, and what must be read with them."""
+    table = read_verdicts(ROOT / fields["source"])
+    body = []
+    for (name, *cells), *differences in table.findings:
+        body += [[f"**{name}**", *cells], *differences]
+    notes = [f"\nNote: {note}." for note in table.notes]
+    return markdown(HEAD, body) + notes
+
+
 BLOCKS = {"frontier": frontier_block, "gaps": gaps_block, "headline": headline_block,
-          "table": table_block, "trainings": trainings_block, "seeds": seeds_block,
-          "grades": grades_block, "grid": grid_block, "figure": figure_block}
+          "table": table_block, "seeds": seeds_block, "grades": grades_block, "grid": grid_block,
+          "figure": figure_block, "verdicts": verdicts_block}
 BLOCK = re.compile(rf"<!-- ({'|'.join(BLOCKS)})\b(.*?)-->\n(.*?)<!-- end -->", re.DOTALL)
 
 

@@ -83,8 +83,6 @@ def evaluation(**changes):
         "curves": dict.fromkeys(VARIANTS, curve),
         "minutes": {"eval": 1.5},
     }
-    before = [{**row, "per_seed": {}} for row in differences]
-    found["earlier"] = {"table": table, "differences": before}
     return {**found, **changes}
 
 
@@ -406,11 +404,19 @@ def test_another_training_may_stand_for_sft(block, tmp_path):
             block(f"{kind}\n{wanted}")
 
 
-def test_trainings_block_by_hand(block):
-    lines = block("trainings\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
-    assert lines[2:] == [
-        "| won: SFT - Init | +20.0 [17.0, 24.5] | +19.0, +22.0 | +20.0 [17.0, 24.5] | not kept |",
-        "| won: RL - Init | +5.0 [2.0, 9.5] | +4.0, +7.0 | +5.0 [2.0, 9.5] | not kept |",
+def test_verdicts_block_by_hand(block, tmp_path):
+    """A finding in bold, its differences below, what must be read with them below the table."""
+    line = {"at": ["gp", "all", "rule OOD", "solved"], "says": "rl > Init", "paper": 3.5}
+    line.update(estimate=[4, 1, 7], per_seed=[4], verdict="shown")
+    finding = {"name": "RL gains", "verdict": "shown", "minutes": 12.3, "seeds": 3,
+               "decides": [line], "beside": [], "evaluations": {}, "unfinished": [],
+               "notes": ["sft has less"]}
+    (tmp_path / "f.json").write_text(json.dumps({"findings": {"1": finding}}))
+    assert block("verdicts {source: f.json}")[2:] == [
+        "| **1. RL gains** |  |  |  | SHOWN | 3 | 12 |",
+        "| gp: rule OOD, solved | rl - Init | +3.5 | +4.0 [1.0, 7.0] | shown |  |  |",
+        "",
+        "Note: 1: sft has less.",
     ]
 
 
