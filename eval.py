@@ -152,7 +152,8 @@ def above_curve(trained, other, metric):
     for checkpoints in (trained, other):
         cells = [columns(checkpoint.episodes) for checkpoint in checkpoints]
         halves.append(stacked(cells, metric))  # (n, k + 1, 2)
-    # an episode counts in the half of the variant that it was played in, and nothing in the other
+    # k checkpoints of the curve, then the arm: k + 1 cells of the trained variant, as many of the
+    # other; an episode counts in the half that it was played in, and (0, 0) in the other
     n, m = map(len, halves)
     counts = torch.zeros(n + m, 2, len(trained), 2)
     counts[:n, 0], counts[n:, 1] = halves
@@ -333,7 +334,7 @@ class Evaluation:
                 raise UserError(f"eval.save_merged: {name!r} is none of {', '.join(self.shown)}")
         loader = Loader(cfg)
         seeds = list(map(seed_of, self.comparison.arms[0].checkpoints))  # one per run
-        self.seeds = list(dict.fromkeys(seeds))
+        self.seeds = list(dict.fromkeys(seeds))  # lib/arms.Seed each
         self.runs = []
         for folder, seed in zip(folders, seeds):
             self.runs.append(EvaluatedRun(folder, cfg, loader, seed))
@@ -382,7 +383,7 @@ class Evaluation:
 
     def leading_place(self, arm, variant):
         """Of an arm at the first split and temperature."""
-        split = next(split for split, other in self.scenes if other == variant)
+        split = next(split for split, played in self.scenes if played == variant)
         return Place(split, variant, arm, self.temperatures[0])
 
     def table(self):

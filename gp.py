@@ -111,7 +111,8 @@ def _splits(values):
 
 @lru_cache(maxsize=None)
 def _makeable(values):
-    """{number: set of Terms} that one to three values can make, each used once."""
+    """{number: set of Terms} that one to three values can make, each used once. (For the fourth,
+    `solutions` solves for the last operation.)"""
     if len(values) == 1:
         return {Fraction(values[0]): {Terms("", (str(values[0]),), ())}}
     made = defaultdict(set)

@@ -148,7 +148,7 @@ class Policy:
         self._set_up_images(model)
         self.in_inference = False
         self.values_alone = False
-        self.net.eval()  # for good: sampling and scoring must agree
+        self.net.eval()  # always, but where _hidden_states checkpoints
 
     def _count_parameters(self):
         """N of the FLOP formulas: of the whole base, and of what works on image patches."""
@@ -291,7 +291,7 @@ class Policy:
         out = self.family.text_model(attention_mask=mask, use_cache=True, past_key_values=cache,
                                      **inputs.prompt)
         decoding = Decoding(self.family.text_model, out.past_key_values, mask, inputs)
-        return out.last_hidden_state[:, -1].clone(), decoding  # (rows, T, C) -> (rows, C)
+        return out.last_hidden_state[:, -1].clone(), decoding  # (rows, T, C) is freed: (rows, C)
 
     @torch.no_grad()
     def values(self, prompts):
@@ -323,8 +323,8 @@ class Policy:
 
         Args: list of B Sequences with S answers of A tokens in all, in the order of the sequences
             and their spans.
-        Returns: dict with logprobs (A,), entropy (A,), answer (A,): which of the answers 0..S-1 a
-            token belongs to, and values (S,).
+        Returns: dict with logprobs (A,), entropy (A,), answer_of (A,): to which of the answers
+            0..S-1 a token belongs, and values (S,).
         Raises: RuntimeError within `inference`, where merged layers pass no gradient back.
         """
         if self.in_inference:
@@ -336,7 +336,7 @@ class Policy:
             logprobs, entropy = self._answer_logprobs(before, ids[at.row, at.column], temperature)
         states = hidden[at.state_row, at.state_column]  # (S, C)
         values = self.value_head(states.detach() if self.value_detach else states)
-        return {"logprobs": logprobs, "entropy": entropy, "answer": at.answer, "values": values}
+        return {"logprobs": logprobs, "entropy": entropy, "answer_of": at.answer, "values": values}
 
     def _hidden_states(self, sequences):
         """ids (B, T) and final hidden states (B, T, C) of whole conversations."""

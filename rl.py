@@ -78,13 +78,14 @@ def clipped_surrogate(log_ratio, advantages, clip):
     return loss.sum(), outside.sum()
 
 
-def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, entropy, ppo, size):
-    """Loss of a micro-batch: those of all micro-batches add up to the mean over their minibatch.
+def ppo_loss(new, old, start, ratio_weights, turn_of, advantages, values, returns, entropy, ppo,
+             size):
+    """Loss of a micro-batch; summed over those of a minibatch it is the minibatch's mean loss.
 
     Args:
         new, old, start: (A,) log-probs of the answer tokens now, before the update, and under the
             start policy, which others call the reference (None: no KL penalty).
-        weights: (A,) of the tokens' log-probs in the ratio of their turn: see token_weights.
+        ratio_weights: (A,) of the tokens' log-probs in the ratio of their turn: see token_weights.
         turn_of: (A,) which of the S turns a token belongs to, 0..S-1.
         advantages, values, returns: (S,). entropy: (A,) of the policy at each token, nats.
         ppo: cfg.ppo: ratio ("turn" or "token"), clip, max_ratio and the coefficients.
@@ -94,12 +95,13 @@ def ppo_loss(new, old, start, weights, turn_of, advantages, values, returns, ent
     """
     turns, tokens = len(advantages), len(new)  # S, A
     token_log_ratio = new - old  # (A,)
-    turn_log_ratio = sum_per_turn(weights * token_log_ratio, turn_of, turns)  # (S,)
+    turn_log_ratio = sum_per_turn(ratio_weights * token_log_ratio, turn_of, turns)  # (S,)
     if ppo.ratio == "turn":
         policy_loss, clipped = clipped_surrogate(turn_log_ratio, advantages, ppo.clip)
     else:  # every token has its turn's advantage and weighs 1; the mean is over tokens
         policy_loss, clipped = clipped_surrogate(token_log_ratio, advantages[turn_of], ppo.clip)
-        policy_loss = policy_loss * size.turns / size.tokens  # over size.turns below
+        # so that "/ size.turns" below gives a mean over tokens
+        policy_loss = policy_loss * size.turns / size.tokens
     value_loss = (values - returns).square().sum()
     lengths = sum_per_turn(torch.ones_like(new), turn_of, turns)  # (S,)
     turn_entropy = sum_per_turn(entropy, turn_of, turns) / lengths  # (S,) nats per token
@@ -136,7 +138,7 @@ def prepare(policy, turns, advantages, returns, ppo, key, start):
     packed = sequences_of(turns, ppo.envs)
     if policy.exact:
         old = [turn.logprobs for turn in turns]
-    else:  # 16 bits sample and score differently: the ratio must start at 1 (paper's code: too)
+    else:  # 16 bits sample and score differently, and the ratio must start at 1 (so in the paper's)
         old = answer_logprobs(policy, packed, ppo.micro_tokens, ppo.temperature)
     start_logprobs = None
     if ppo.kl_coef:
@@ -158,7 +160,8 @@ def update(policy, optimizer, batch, ppo, generator):
 def minibatch_step(policy, optimizer, batch, minibatch, ppo):
     """One optimiser step, a micro-batch at a time; none if the policy has moved too far.
 
-    Returns: sums of `ppo_loss`; grad_norm; skipped: 0 or 1; stopped: the key that forbids it.
+    Returns: sums of `ppo_loss`; grad_norm; skipped: 0 or 1; stopped: the setting whose limit
+        forbids it, or None.
     Raises: UserError if the loss or its gradient is not finite, before the weights change.
     """
     size = batch.size(minibatch)
@@ -168,9 +171,10 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
         scored = policy.score([conversation.sequence for conversation in group], ppo.temperature)
         known = batch.targets(group, policy.device)
         loss, part = ppo_loss(
-            new=scored["logprobs"], old=known.old, start=known.start, weights=known.weights,
-            turn_of=scored["answer"], advantages=known.advantages, values=scored["values"],
-            returns=known.returns, entropy=scored["entropy"], ppo=ppo, size=size)
+            new=scored["logprobs"], old=known.old, start=known.start,
+            ratio_weights=known.ratio_weights, turn_of=scored["answer_of"],
+            advantages=known.advantages, values=scored["values"], returns=known.returns,
+            entropy=scored["entropy"], ppo=ppo, size=size)
         backward(policy, loss)
         sums.update(part)
     sums["stopped"] = too_far(sums, ppo)
@@ -247,7 +251,7 @@ def main(arguments):
 
             regular = (step + 1) % ppo.save_every == 0 or step + 1 == ppo.updates
             if regular or run.stopping:
-                with run.checkpoint(step + 1, regular) as folder:
+                with run.checkpoint(step + 1, regular) as folder:  # ends the run if it is stopping
                     save_checkpoint(folder, policy, optimizer, play=play.state())
     print(f"{run.dir}: {ppo.updates} updates, {policy.flops() / 1e9:,.0f} model GFLOPs")
 

@@ -122,7 +122,7 @@ class Play:
 
     def state(self):
         """What resumes this: the next seed; seed, answers so far and progress of each episode."""
-        self.seeds, peek = itertools.tee(self.seeds)
+        self.seeds, peek = itertools.tee(self.seeds)  # the next seed is looked at, not taken
         episodes = [(episode.seed, list(episode.answers)) for episode in self.episodes]
         progress = [episode.progress for episode in self.episodes]
         return {"next": next(peek), "episodes": episodes, "progress": progress}
@@ -154,13 +154,13 @@ class Rollout:
     last_values: torch.Tensor  # (N,) V(s_T), for the episodes that go on
 
 
-def collect(policy, play, turns, temperature, generator, progress):
-    """`turns` answers of each of N environments; `progress` is a tqdm bar. Returns: Rollout."""
+def collect(policy, play, turns, temperature, generator, bar):
+    """`turns` answers of each of N environments; `bar` is tqdm's. Returns: Rollout."""
     played = []
     with policy.inference():
         for _ in range(turns):
             played += play.answer_all(policy, temperature, generator)
-            progress.set_description(f"rollout {len(played)}")
+            bar.set_description(f"rollout {len(played)}")
         last_values = play.last_values(policy)
     shape = (turns, len(play.envs))  # (T, N)
     rewards = torch.tensor([turn.reward for turn in played], dtype=torch.float32).view(shape)
@@ -296,14 +296,14 @@ def evaluation_seeds(seed, n):
     return range(first, first + n)
 
 
-def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, progress=None,
+def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, bar=None,
              **changes):
     """Play n episodes to their end; (settings, changes, seed) alone choose them: arms are paired.
 
     Args:
         settings, verify_iters, changes: as of make_env.
         batch_size: environments side by side. temperature: as of Policy.sample.
-        progress: a tqdm bar of episodes, or None.
+        bar: tqdm's, of episodes, or None.
     Returns: n records {seed, cluster, counts and grades: see there, turns: list of Turns}, ordered
         by seed.
     Source: paper Sec. 4, C.3.
@@ -316,8 +316,8 @@ def evaluate(policy, settings, n, seed, verify_iters, temperature, batch_size, p
         while any(play.episodes):
             for turn in play.answer_all(policy, temperature, generator):
                 episodes.setdefault(turn.seed, []).append(turn)
-                if turn.done and progress is not None:
-                    progress.update()
+                if turn.done and bar is not None:
+                    bar.update()
     records = []
     for episode, turns in sorted(episodes.items()):
         infos, texts = [turn.info for turn in turns], [turn.text for turn in turns]

@@ -180,7 +180,7 @@ class Comparison:
         arm.partners.append(partner)
 
     def _add_sft_alone(self, training, init):
-        """SFT in which no PPO began."""
+        """SFT that no PPO is compared with."""
         if self.ppo:
             shown, start = self._nearest(training, self.ppo[0]), own_start(training)
         else:

@@ -7,13 +7,14 @@ ROOM = 32  # tokens that a cache has room for before it is copied once more
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values (N, heads, T, C) that grow in place. transformers' own concatenates: it
-    copies all of them for every token."""
+    """Keys and values (N, heads, T, C) that grow in place, where transformers' own copies all of
+    them for every token."""
 
     def __init__(self, layer):
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
-        self.roomy = {"keys": layer.keys, "values": layer.values}  # as long as T or longer
+        # allocated, T long or longer; self.keys and self.values are views of the part in use
+        self.roomy = {"keys": layer.keys, "values": layer.values}
         self._show(layer.keys.shape[-2])
 
     def _show(self, length):

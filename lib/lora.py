@@ -40,8 +40,8 @@ def add_lora(base, parts, tune, lora):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for layer in lora_layers(net):
-        # A 16-bit model runs under autocast, which casts A and B instead of the layer's input; in
-        # fp32 there is nothing to cast.
+        # peft would cast a layer's input to the fp32 of A: off, so that under the autocast of a
+        # 16-bit model A and B are cast to its dtype
         layer.cast_input_dtype_enabled = False
     return net
 
@@ -55,8 +55,8 @@ def lora_layers(net):
 def merged_weights(layers):
     """Inside, each LoRA layer is one matmul with a dense copy of W + s B A, as it is on entering.
 
-    Faster than a dequantisation and three matmuls, but it takes the memory of the copies, and no
-    gradient passes. The 4-bit weights themselves are not touched: merging into them would round.
+    Faster than a dequantisation and three matmuls, but it takes the memory of the copies, and A and
+    B get no gradient. The 4-bit weights themselves are not touched: merging into them would round.
     """
     own = [vars(layer).get("forward") for layer in layers]  # of learn_densely, or None
     for layer in layers:
@@ -67,7 +67,7 @@ def merged_weights(layers):
         yield
     finally:
         for layer, forward in zip(layers, own):
-            del layer.forward  # the class's again
+            del layer.forward  # set on the layer it hid its class's
             if forward is not None:
                 layer.forward = forward
 

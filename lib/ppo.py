@@ -43,7 +43,7 @@ def answer_logprobs(policy, packed, micro_tokens, temperature):
     for group in micro_batches(packed, micro_tokens):
         scored = policy.score([conversation.sequence for conversation in group], temperature)
         for position, index in enumerate(turns_of(group)):
-            found[index] = scored["logprobs"][scored["answer"] == position].cpu()
+            found[index] = scored["logprobs"][scored["answer_of"] == position].cpu()
     return [found[index] for index in range(len(found))]
 
 
@@ -82,7 +82,7 @@ class Size(NamedTuple):
 class Targets(NamedTuple):
     """What is known of S turns with A answer tokens in all before the update: see rl.ppo_loss."""
     old: torch.Tensor  # (A,)
-    weights: torch.Tensor  # (A,)
+    ratio_weights: torch.Tensor  # (A,)
     advantages: torch.Tensor  # (S,)
     returns: torch.Tensor  # (S,)
     start: torch.Tensor = None  # (A,)
@@ -95,7 +95,7 @@ class Batch:
     packed: list  # Packed conversations that hold them
     advantages: torch.Tensor  # (S,)
     returns: torch.Tensor  # (S,)
-    weights: list  # S x (A_i,) of the tokens' log-probs in the ratio of their turn
+    ratio_weights: list  # S x (A_i,) of the tokens' log-probs in the ratio of their turn
     old: list  # S x (A_i,) log-probs before the update
     start: list  # S x (A_i,) log-probs under the start policy, None without a KL penalty
     spread: float  # of the advantages, before they were normalised
@@ -114,7 +114,7 @@ class Batch:
         """The Targets of Packed conversations, in the order of their turns, on the device."""
         members = turns_of(packed)  # S indices
         joined = {}  # (A,) each
-        for name in ("old", "start", "weights"):
+        for name in ("old", "start", "ratio_weights"):
             answers = getattr(self, name)
             if answers is not None:
                 joined[name] = torch.cat([answers[index] for index in members]).to(device)
@@ -174,7 +174,7 @@ def sampler_log_ratios(batch):
     """(S,) log-ratios of the turns between the old log-probs and those that were sampled from: the
     model is the same, so what differs is rounding."""
     found = []
-    for weights, old, turn in zip(batch.weights, batch.old, batch.turns):
+    for weights, old, turn in zip(batch.ratio_weights, batch.old, batch.turns):
         found.append((weights * (old - turn.logprobs)).sum())
     return torch.stack(found)
 
@@ -185,9 +185,9 @@ def sampler_gap(batch):
 
 
 def ratio_noise(batch, steps):
-    """Rounding over movement: the root mean square of `sampler_log_ratios`, over that of the last
-    minibatch, which the steps before it have moved. From 0.2 on rounding hides much of what is
-    learned (docs/11b.md). None after a single step."""
+    """Rounding over movement: the root mean square log-ratio from rounding alone (scorer against
+    sampler, same model), over that of the last minibatch (after all steps before it). From 0.2 on
+    rounding hides much of what is learned (docs/11b.md). 0 in float32, None after a single step."""
     moved = math.sqrt(steps[-1]["log_ratio_squared"] / steps[-1]["turns"])
     if len(steps) == 1 or moved == 0:
         return None

@@ -148,16 +148,16 @@ def load(arguments):
         raise UserError(usage)
     path, *overrides = arguments
     raw = read_yaml(Path(path), usage)
-    last = {}  # of the same key: {key: argument}
+    effective = {}  # key: its last argument
     for argument in map(_readable, overrides):
         override(raw, argument)
-        last[argument.partition("=")[0]] = argument
+        effective[argument.partition("=")[0]] = argument
     raw = check(raw)
     cfg = SimpleNamespace()
     for section, values in raw.items():
-        plain = section == "env" or values is None
+        plain = section == "env" or values is None  # env: keyword arguments of the environment
         setattr(cfg, section, values if plain else SimpleNamespace(**values))
-    return cfg, raw, list(last.values())
+    return cfg, raw, list(effective.values())
 
 
 def _readable(argument):

@@ -282,10 +282,8 @@ def test_ratio_is_one_before_the_first_step(policy, turns):
         packed = sequences_of(turns, 6)
         out = policy.score([s for s, _ in packed])
     for place, index in enumerate(i for _, members in packed for i in members):
-        assert (
-            abs((out["logprobs"][out["answer"] == place] - turns[index].logprobs).sum().exp() - 1)
-            < 1e-4
-        )
+        scored = out["logprobs"][out["answer_of"] == place]
+        assert abs((scored - turns[index].logprobs).sum().exp() - 1) < 1e-4
 
 
 @pytest.mark.parametrize(

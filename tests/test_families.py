@@ -229,7 +229,7 @@ def test_scores_are_the_library_s(policy, folder, turns):
             for start, end in sequence.spans:
                 wanted = logprobs[range(start - 1, end - 1), sequence.ids[start:end]]
                 torch.testing.assert_close(
-                    out["logprobs"][out["answer"] == place], wanted, rtol=0, atol=1e-4
+                    out["logprobs"][out["answer_of"] == place], wanted, rtol=0, atol=1e-4
                 )
                 place += 1
 
@@ -241,9 +241,8 @@ def test_ratio_is_one_before_the_first_step(make, turns):
     with torch.no_grad():
         out = policy.score([p.answered(a.ids) for p, a in zip(prompts, answers)], 0.7)
     for place, answer in enumerate(answers):
-        assert (
-            abs((out["logprobs"][out["answer"] == place] - answer.logprobs).sum().exp() - 1) < 1e-3
-        )
+        scored = out["logprobs"][out["answer_of"] == place]
+        assert abs((scored - answer.logprobs).sum().exp() - 1) < 1e-3
         assert policy.family.image_token not in answer.ids
 
 

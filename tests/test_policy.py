@@ -99,7 +99,7 @@ def test_ratio_is_one_before_the_first_step(policy, turns, temperature, packed):
     with torch.no_grad():
         out = policy.score([s for s, _ in groups], temperature)
     for place, index in enumerate(i for _, members in groups for i in members):
-        turn, scored = played[index], out["logprobs"][out["answer"] == place]
+        turn, scored = played[index], out["logprobs"][out["answer_of"] == place]
         assert scored.shape == turn.logprobs.shape == (len(turn.answer),)
         for weight in (1, 0.5):
             log_ratio = (
@@ -323,7 +323,7 @@ def test_compute_is_counted_as_in_the_paper(make_policy, turns):
     n = sum(t.numel() for t in load_file(ROOT / "mini/gp/model.safetensors").values())
     assert policy.parameters == n  # 4-bit packing does not shrink N
     assert policy.flops() == 6 * n * trained + 2 * n * read
-    policy.beyond.update(train=10, inference=100)  # see test_eval.py
+    policy.official_extra.update(train=10, inference=100)  # see test_eval.py
     assert policy.official_flops() == policy.flops() + n * (6 * 10 + 2 * 100)
 
 
@@ -430,7 +430,7 @@ def test_what_follows_an_answer_does_not_change_its_score(policy, turns):
     with torch.no_grad():
         long, short = policy.score([sequence]), policy.score([first])
     torch.testing.assert_close(
-        long["logprobs"][long["answer"] == 0], short["logprobs"], rtol=0, atol=1e-4
+        long["logprobs"][long["answer_of"] == 0], short["logprobs"], rtol=0, atol=1e-4
     )
 
 

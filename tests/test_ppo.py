@@ -150,7 +150,7 @@ def by_hand():
         "new": new.requires_grad_(),
         "old": new.detach() - torch.tensor([1.44, 1.25, 0.8]).log(),
         "start": new.detach() + torch.tensor([0.1, -0.2, 0.3]),
-        "weights": torch.tensor([0.5, 1, 1]),
+        "ratio_weights": torch.tensor([0.5, 1, 1]),
         "turn_of": torch.tensor([0, 0, 1]),
         "advantages": torch.tensor([2.0, 3.0]),
         "values": torch.tensor([1.0, 4.0], requires_grad=True),
@@ -350,7 +350,7 @@ def test_batch_by_hand():
     close(targets.advantages, [1, -1])
     close(targets.returns, [6, 4])
     close(targets.old, [-3, -4, -1, -2])
-    close(targets.weights, [0.5, 1, 0.5, 1])
+    close(targets.ratio_weights, [0.5, 1, 0.5, 1])
     assert targets.start is None and batch.size(batch.packed) == (3, 6)
     assert batch.spread == 1
     ppo.normalize_advantages = False
@@ -651,13 +651,13 @@ def test_rounding_is_measured_by_what_the_policy_moved():
     old = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
     sampled = [torch.tensor([-1.02, -2.02]), torch.tensor([-2.96])]
     turns, same = ([SimpleNamespace(logprobs=answer) for answer in of] for of in (sampled, old))
-    batch = SimpleNamespace(weights=weights, old=old, turns=turns)
+    batch = SimpleNamespace(ratio_weights=weights, old=old, turns=turns)
     first = {"log_ratio_squared": 7.0, "turns": 4}
     last = {"log_ratio_squared": 0.02, "turns": 4}
     assert ratio_noise(batch, [first, last]) == pytest.approx(0.5, rel=1e-4)
     assert ratio_noise(batch, [last]) is None  # nothing has been learned before it
     assert ratio_noise(batch, [first, {"log_ratio_squared": 0.0, "turns": 4}]) is None
-    exact = SimpleNamespace(weights=weights, old=old, turns=same)
+    exact = SimpleNamespace(ratio_weights=weights, old=old, turns=same)
     assert ratio_noise(exact, [first, last]) == 0
 
 

@@ -113,7 +113,7 @@ def test_scores_are_the_library_s(policy, turns):
             logprobs = torch.log_softmax(logits / 0.7, -1)
             for start, end in sequence.spans:
                 wanted = logprobs[range(start - 1, end - 1), sequence.ids[start:end]]
-                found = out["logprobs"][out["answer"] == place]
+                found = out["logprobs"][out["answer_of"] == place]
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
                 place += 1
 

@@ -178,7 +178,7 @@ def test_scores_keep_pictures_and_rows_together(policy):
         wrong = policy.score([shown(s, answered[i - 1].image) for i, s in enumerate(answered)])
     for place, i in enumerate(order):
         one, two, swapped = (
-            out["logprobs"][out["answer"] == p]
+            out["logprobs"][out["answer_of"] == p]
             for out, p in ((together, i), (moved, place), (wrong, i))
         )
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
@@ -202,7 +202,7 @@ def test_ratio_is_one_before_the_first_step(sampled, packed, merge, temperature)
     with torch.no_grad():
         out = policy.score([s for s, _ in groups], temperature)
     for place, index in enumerate(i for _, members in groups for i in members):
-        turn, scored = played[index], out["logprobs"][out["answer"] == place]
+        turn, scored = played[index], out["logprobs"][out["answer_of"] == place]
         assert scored.shape == turn.logprobs.shape == (len(turn.answer),)
         for weight in (1, 0.5):
             log_ratio = (
