@@ -109,7 +109,16 @@ def write_suite_page(path):
             add_evaluation(page, name, folder / name / "evaluation.json")
         except UserError as error:
             page.notes.append(f"{name}: {error}")
+    page.facts = joined(page.facts)
     save_page(folder, page)
+
+
+def joined(facts):
+    """{names of evaluations: what they were measured with}, those with the same together."""
+    names = {}
+    for name, fact in facts.items():
+        names.setdefault(fact, []).append(name)
+    return {", ".join(same): fact for fact, same in names.items()}
 
 
 def add_evaluation(page, name, path):

@@ -274,6 +274,11 @@ def test_suite_shows_all_its_evaluations(suite, capsys):
     assert [svg["aria-label"][:17] for svg in found.all("svg")] == ["reward per answer"]  # once
 
 
+def test_what_was_measured_alike_is_said_once():
+    alike = {"g": "abc, here", "h": "def, here", "i": "abc, here"}
+    assert report.joined(alike) == {"g, i": "abc, here", "h": "def, here"}
+
+
 def test_bare_model_answers_as_it_did(suite):
     """Five answers of the first update of the PPO that began there, and of no other."""
     found = suite()
