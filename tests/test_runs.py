@@ -33,11 +33,12 @@ from lib import training
 from lib.arms import Comparison
 from lib.errors import UserError
 from lib.loading import load_base
+from lib.ppo import ppo_statistics
 from lib.runs import Run, checkpoints
 from lib.settings import override as override_one
 from lib.training import load_state
 from policy import Policy
-from rollout import make_env
+from rollout import make_env, outcome
 
 TINY = (
     "sft.steps=5",
@@ -145,9 +146,9 @@ def test_sft_logs_every_step(whole):
     assert all(math.isfinite(v) for r in records for k, v in r.items() if k != "tokens")
 
 
-def test_ppo_logs_what_its_docstring_says(whole):
+def test_ppo_logs_what_the_docstrings_say(whole):
     records = lines(whole / "rl" / "metrics.jsonl")
-    text = " ".join(rl.__doc__.split())
+    text = rl.__doc__ + outcome.__doc__ + ppo_statistics.__doc__
     assert [r["step"] for r in records] == numbers(whole / "rl") == [1, 2, 3]
     for record in records:
         assert all(key in text for key in record if key != "step")
