@@ -242,6 +242,12 @@ class Loader:
         return self.policy
 
 
+def is_whole(checkpoint):
+    """Whether it can play: not if tools/pack_runs.py left its weights out. Then what it has played
+    stands, whatever has changed since. None, a reference policy, can."""
+    return checkpoint is None or load_state(checkpoint)["optimizer"] is not None
+
+
 def save_merged(checkpoint, cfg, folder):
     """Write a checkpoint as a normal model folder: LoRA merged into the 16-bit base, on the CPU."""
     settings = arm_settings(checkpoint, cfg)
@@ -280,7 +286,8 @@ class EvaluatedRun:
         e = self.cfg.eval
         key = [player, written, scene.env, place.split, place.temperature, n]
         key += [e.verify_iters, e.seed]
-        episodes = self.cells.find(key, made_by(scene.env, model))
+        means = made_by(scene.env, model) if is_whole(checkpoint) else {}
+        episodes = self.cells.find(key, means)
         if episodes is not None:
             bar.update(n)
         else:
@@ -300,6 +307,10 @@ class EvaluatedRun:
         e = self.cfg.eval
         if checkpoint is None:
             return play_reference(scene.env, place.arm, n, e.seed, e.verify_iters)
+        if not is_whole(checkpoint):
+            raise UserError(f"{self.folder} was packed without its weights, and has not kept "
+                            f"{place.arm}, {place.variant}, {place.split}, "
+                            f"{temperature_name(place.temperature)}, {n} episodes")
         policy = self.loader.get(checkpoint)
         ways = ("model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false")
         with within_memory("sampling", self.cfg, *ways):

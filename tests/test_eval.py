@@ -7,6 +7,7 @@ import math
 import random
 import resource
 import shutil
+import tarfile
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -19,8 +20,9 @@ import eval as evaluation
 import environments
 import rollout
 import sft
+import pack_runs
 import report
-from lib import bootstrap, cells
+from lib import bootstrap, cells, training
 from lib.arms import Comparison, seen_notes
 from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
@@ -362,7 +364,7 @@ def spent(checkpoint):
     """100 GFLOPs a step, which the official code counts as 300 of SFT, and as 400 of PPO."""
     step = int(checkpoint.name[-1])
     official = (400 if checkpoint.parent.name == "rl" else 300) * step
-    return {"gflops": 100 * step, "official_gflops": official}
+    return {"optimizer": {}, "gflops": 100 * step, "official_gflops": official}
 
 
 @pytest.fixture
@@ -717,6 +719,35 @@ def test_second_evaluation_plays_neither_arms_nor_references_again(main, monkeyp
         monkeypatch.setattr(evaluation, name, None)
     run()
     assert {**saved(folder), "minutes": None} == {**first, "minutes": None}
+
+
+def test_packed_run_gives_the_same_tables_without_weights(main, monkeypatch, tmp_path, capsys):
+    """Also when the code that played has changed since: nothing can be played again."""
+    run, folder = main
+    for checkpoint in folder.glob("*/step_*"):
+        (checkpoint / "trainer.pt").touch()
+    run()
+    first = saved(folder)
+    states = {"tokens": {}, "official_extra": 0.0}
+    monkeypatch.setattr(pack_runs, "load_state", lambda path: {**spent(path), **states})
+    for config in folder.glob("*/config.yaml"):
+        log = {"step": 1, "seconds": 1.23456789, "gflops": 123456789}
+        config.with_name("metrics.jsonl").write_text(json.dumps(log) + "\n")
+    pack_runs.main([str(tmp_path / "packed"), str(folder)])
+    shutil.rmtree(folder)
+    with tarfile.open(tmp_path / "packed/run.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    kept = json.loads((folder / "rl/metrics.jsonl").read_text())
+    assert kept == {"step": 1, "seconds": 1.235, "gflops": 123456789}
+    monkeypatch.setattr(evaluation, "load_state", training.load_state)
+    monkeypatch.setattr(cells, "code_digest", lambda _: "changed since")
+    monkeypatch.setattr(evaluation, "Policy", None)
+    run()
+    for part in ("table", "differences", "curves", "frontier", "gflops"):
+        assert saved(folder)[part] == first[part]
+    lacking = "packed without its weights, and has not kept Init, ID, all, T = 0.2, 41 episodes"
+    with pytest.raises(UserError, match=lacking):
+        run("eval.splits={all: 41}")
 
 
 def test_pooled_runs_fill_what_one_of_them_never_met(main, tmp_path, capsys):
