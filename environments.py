@@ -63,6 +63,7 @@ class Environment(Protocol):
             category: name of the grade, whose shares rl.py logs,
             correct: this answer was right,
             recognized: it reports the right observation (cards, landmarks), whatever its action,
+            reported: it reports an observation at all; may be absent,
             action: type of the right action here, for accuracies "first_<action>", or None,
             attempt: 1.. at this position,
             feedback: the verifier's text, "" after a right answer,

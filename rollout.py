@@ -245,6 +245,8 @@ def counts(infos, solved):
         per_step: (right answers, answers),
         first: (right first attempts, first attempts); each position has one first attempt,
         recognized: (first attempts that report the right observation, first attempts),
+        reported: (first attempts that report any, first attempts), where infos tell,
+        recognized_if_reported: (those that report the right one, those that report any),
         first_<action>: as first, at the positions where the expert's action is of that type,
         positions: (positions solved, positions), those never reached included, where infos tell.
     Source: paper C.3 (success; per-step accuracy).
@@ -255,6 +257,10 @@ def counts(infos, solved):
         if info["attempt"] == 1:
             asked["first"] = info["correct"]
             asked["recognized"] = info["recognized"]
+            if "reported" in info:
+                asked["reported"] = info["reported"]
+                if info["reported"]:
+                    asked["recognized_if_reported"] = info["recognized"]
             if info["action"] is not None:
                 asked[f"first_{info['action']}"] = info["correct"]
         right.update(asked)

@@ -135,7 +135,8 @@ class Grade(NamedTuple):
     """What the verifier makes of an answer."""
     category: str  # correct, wrong_action, wrong_observation or illegal (none of the actions)
     reward: float  # in the paper's points
-    recognized: bool  # landmark and intersection are reported right
+    reported: bool  # there is an observation in it
+    recognized: bool  # whose landmark and intersection are right
     reason: str  # told to the model if it failed
 
 
@@ -229,8 +230,10 @@ class Navigation:
             ("success", "success %, every position of the route right within "
              f"{verify_iters} attempts", ("solved",))]
         if image_size:
-            title = "recognition %, landmark and intersection reported right on the first attempt"
-            self.reports.append(("recognition", title, ("recognized",)))
+            title = ("recognition %, on the first attempt: an observation is reported / of those, "
+                     "landmark and intersection are right / reported and right")
+            self.reports.append(("recognition", title, (
+                "reported", "recognized_if_reported", "recognized")))
 
     # ------------------------------------------------------------ starting and moving on
     def reset(self, seed, progress=0.0):
@@ -340,8 +343,9 @@ class Navigation:
     def step(self, answer):
         """Grade one whole answer; the walk is terminated at the destination.
 
-        Returns: (obs, reward, terminated, truncated, info); in info, category and recognized are a
-        Grade's, action is the type of the right one: turn, forward or stop; positions: of the walk.
+        Returns: (obs, reward, terminated, truncated, info); in info, category, reported and
+        recognized are a Grade's, action is the type of the right one: turn, forward or stop;
+        positions: of the walk.
         Raises: RuntimeError if the episode is over. Never raises for an answer, whatever it holds.
         """
         if self.done:
@@ -358,9 +362,9 @@ class Navigation:
         self.done = terminated or truncated
 
         feedback = "" if correct else RETRY.format(reason=grade.reason)
-        info = {"category": grade.category, "correct": correct, "recognized": grade.recognized,
-                "attempt": self.attempt, "action": here.action, "cluster": self.route.key,
-                "feedback": feedback, "positions": len(self.rail)}
+        info = {"category": grade.category, "correct": correct, "reported": grade.reported,
+                "recognized": grade.recognized, "attempt": self.attempt, "action": here.action,
+                "cluster": self.route.key, "feedback": feedback, "positions": len(self.rail)}
         if not correct:
             self.messages.append({"role": "assistant", "content": answer})
             self.messages.append({"role": "user", "content": feedback})
@@ -375,16 +379,17 @@ class Navigation:
         action = plain_action(read["action"] or "")
         observation = read["current observation"]
         truth = sightings(self.rail[self.at].observation)
-        recognized = observation is not None and sightings(observation) == truth
+        reported = observation is not None
+        recognized = reported and sightings(observation) == truth
         if action == plain_action(self.action()):
-            return Grade("correct", REWARDS["correct"], recognized, "")
+            return Grade("correct", REWARDS["correct"], reported, recognized, "")
         wrong = "wrong_action" if recognized else "wrong_observation"
         reward = REWARDS[wrong]  # of an illegal action, too
         if not (read["action"] or "").strip():
-            return Grade("illegal", reward, recognized, WRONG["missing"])
+            return Grade("illegal", reward, reported, recognized, WRONG["missing"])
         if action not in self._legal:
-            return Grade("illegal", reward, recognized, WRONG["illegal"])
-        return Grade(wrong, reward, recognized, WRONG[wrong])
+            return Grade("illegal", reward, reported, recognized, WRONG["illegal"])
+        return Grade(wrong, reward, reported, recognized, WRONG[wrong])
 
     # ------------------------------------------------------------ answers
     def action(self, rule=None, at=None):

@@ -186,6 +186,17 @@ def test_counts_of_an_episode_of_several_positions():
     }
 
 
+def test_what_is_reported_is_apart_from_what_is_right():
+    """Three first attempts: right, wrong and none; the retry does not count."""
+    infos = answers(*[("stop", 1, True, right) for right in (True, False, False)],
+                    ("stop", 2, True, True))
+    for info, reported in zip(infos, (True, True, False, True)):
+        info["reported"] = reported
+    found = counts(infos, False)
+    assert (found["reported"], found["recognized_if_reported"]) == ((2, 3), (1, 2))
+    assert found["recognized"] == (1, 3)
+
+
 def test_positions_that_a_walk_never_reached_are_not_solved():
     """Of ten positions the first is solved, the second not; per step the denominators differ."""
     infos = answers(("forward", 1, True, True), ("turn", 1, False, True), ("turn", 2, False, True))

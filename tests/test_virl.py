@@ -136,8 +136,8 @@ def test_worked_example(saved, rule):
                                             "current instruction": INSTRUCTIONS[FOLLOWED[i]]}
         obs, reward, terminated, truncated, info = env.step(env.expert())
         assert (reward, terminated, truncated, info["category"]) == (1, i == 9, False, "correct")
-        assert info == {"category": "correct", "correct": True, "recognized": True, "attempt": 1,
-                        "feedback": "",
+        assert info == {"category": "correct", "correct": True, "reported": True,
+                        "recognized": True, "attempt": 1, "feedback": "",
                         "action": action.split("_")[0].split("(")[0], "cluster": info["cluster"],
                             "positions": len(env.rail)}
 
@@ -355,8 +355,8 @@ def test_reward_and_message_of_a_wrong_action(at_cafe, action, seen, reward, cat
             obs, got, terminated, truncated, info = env.step(answer)
             assert (got, terminated, truncated) == (reward + extra, False, last)
             assert info == {"category": category, "correct": False, "recognized": seen,
-                            "attempt": attempt, "action": "turn",
-                            "feedback": feedback, "cluster": info["cluster"],
+                            "reported": isinstance(observation, str), "attempt": attempt,
+                            "action": "turn", "feedback": feedback, "cluster": info["cluster"],
                             "positions": len(env.rail)}
             assert obs["messages"][-1] == {"role": "user", "content": feedback}
         with pytest.raises(RuntimeError):
@@ -672,7 +672,8 @@ def test_what_an_evaluation_shows():
                                              ("solved",)]
     assert pictures.reports[:4] == words.reports
     assert [r[0] for r in pictures.reports[4:]] == ["recognition"]
-    assert pictures.reports[4][2] == ("recognized",) and words.answer_key == '"action"'
+    assert pictures.reports[4][2] == ("reported", "recognized_if_reported", "recognized")
+    assert words.answer_key == '"action"'
 
 
 # ---------------------------------------------------------------- pictures
