@@ -129,6 +129,7 @@ class Checkpoint(NamedTuple):
     """One of a training, or of several seeds' trainings at the same step, and what it played."""
     gflops: float  # mean
     episodes: list
+    step: int = 0  # of the training; where PPO began 0
 
 
 def point_of(checkpoint, lead):
@@ -136,7 +137,7 @@ def point_of(checkpoint, lead):
     found = measured(checkpoint.episodes)
     recognition = found["metrics"]["recognized"].value
     per_seed = list(zip(found["per_seed"][lead], found["per_seed"]["recognized"]))
-    return Point(checkpoint.gflops, *found["metrics"][lead], recognition, per_seed)
+    return Point(checkpoint.gflops, *found["metrics"][lead], recognition, per_seed, checkpoint.step)
 
 
 def above_curve(trained, other, metric):
@@ -417,6 +418,8 @@ class Evaluation:
         for name, init in self.comparison.starts_of_trainings().items():
             if curve:
                 (start,) = curve[init]
+                if name.startswith("rl"):
+                    start = start._replace(step=0)
                 later = [point for point in curve[name] if point.gflops > start.gflops]
                 curve[name] = [start, *later]
         return curve
@@ -426,7 +429,8 @@ class Evaluation:
         episodes = []
         for run, path in zip(self.runs, paths):
             episodes += run.cell(place, self.scene(place), path, self.e.curve_n, self.bar)
-        return Checkpoint(self.comparison.mean_gflops(paths), episodes)
+        step = int(paths[0].name.partition("_")[2])
+        return Checkpoint(self.comparison.mean_gflops(paths), episodes, step)
 
     def points(self, curves):
         """{variant: {Init or training: Points}}. Args: curves: {variant: as of `curve`}."""

@@ -22,7 +22,8 @@ from lib.conversations import bare_answers, conversation, read_conversations, se
 from lib.curves import logs_of, panels_of
 from lib.documents import write_documents
 from lib.errors import UserError, run_main
-from lib.figures import Panel, draw_bars, draw_compute, draw_frontier, draw_growth
+from lib.figures import (
+    Panel, draw_bars, draw_compute, draw_frontier, draw_growth, draw_updates, ppo_curves)
 from lib.page import Page, changed_settings, findings_beside, settings_files, write_page
 from lib.results import read, temperature_name
 from lib.runs import write_atomic
@@ -57,6 +58,9 @@ def draw_all(results, path):
             figures["Other variants against the trained one"] = folder / "frontier.png"
             panels = [Panel("", results, variant) for variant in others]
             draw_frontier(panels, folder / "frontier.png")
+        if len(ppo_curves(results, next(iter(results.variants)))) > 1:
+            figures[f"{lead} against updates of PPO"] = folder / "updates.png"
+            draw_updates(results, folder / "updates.png")
     figures[f"{lead} of the arms"] = folder / "bars.png"
     draw_bars(results, folder / "bars.png")
     if others and results.differences:

@@ -1,6 +1,7 @@
 """The figures of an evaluation, as PNG: report.py and lib/documents.py draw them. No torch.
 
     draw_compute     the leading metric over model GFLOPs, and over recognition (Figures 5, 7, 8)
+    draw_updates     the same of several PPO trainings over their updates (Figure 19)
     draw_bars        the arms of the table side by side (Figures 6 and 16)
     draw_growth      what each training gained out of distribution against in it (Figure 10)
     draw_frontier    every checkpoint, out of distribution against in it
@@ -69,6 +70,36 @@ def draw_compute(results, path):
     figure.savefig(path, dpi=150, bbox_inches="tight" if figure.legends else None)
 
 
+def ppo_curves(results, variant):
+    """{training: its Points} of PPO, where their updates are known."""
+    curves = results.curves.get(variant, {})
+    return {arm: points for arm, points in curves.items()
+            if arm.startswith("rl") and None not in [point.step for point in points]}
+
+
+def draw_updates(results, path):
+    """The leading metric of PPO trainings over their updates, from where each began, a panel per
+    variant: Figure 19."""
+    variants = list(results.variants)
+    figure = Figure(figsize=(5, 2.7 * len(variants)))
+    panels = figure.subplots(len(variants), 1, sharex=True, squeeze=False)[:, 0]
+    colors = colors_of(ppo_curves(results, variants[0]))
+    for panel, variant in zip(panels, variants):
+        for arm, points in ppo_curves(results, variant).items():
+            steps = [point.step for point in points]
+            panel.plot(steps, [point.value for point in points], "o-", color=colors[arm],
+                       label=training_name(arm), markersize=3)
+            panel.fill_between(steps, [point.low for point in points],
+                               [point.high for point in points], color=colors[arm], alpha=0.15,
+                               linewidth=0)
+        panel.set_ylabel(f"{variant}\n{metric_label(results)}")
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("updates of PPO")
+    add_legend(figure, panels[0], colors)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, bbox_inches="tight" if figure.legends else None)
+
+
 def add_legend(figure, axis, arms):
     """Names of the arms: inside the axis, or above all if there are more than the usual ones."""
     if set(arms) <= set(COLORS):
@@ -83,7 +114,7 @@ def draw_arm(panels, arm, points, color, most_gflops):
 
     The dots are the fuller the more compute was spent. Init is a star. Each seed has small dots.
     """
-    gflops, value, low, high, recognition, _ = zip(*points)
+    gflops, value, low, high, recognition, *_ = zip(*points)
     name = training_name(arm)
     compute, *others = panels
     if arm.startswith("Init"):
@@ -198,6 +229,7 @@ def draw_frontier(panels, path):
     """A line per training through its checkpoints, from Init, a star: thick for all seeds together,
     thin for each. The last checkpoint is the largest."""
     figure = Figure(figsize=(4.5 * len(panels), 4.2))
+    titles = [panel.title for panel in panels]
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         trained = next(iter(panel.results.variants))
         looks = {kind: cycle(styles) for kind, styles in STYLES.items()}
@@ -211,7 +243,8 @@ def draw_frontier(panels, path):
             draw_path(axis, x, y, **thick, label=training_name(arm))
             for x, y in zip(paths_of_seeds(points), paths_of_seeds(others)):
                 draw_path(axis, x, y, **thin)
-        axis.set_title(panel.title)
+        alone = titles.count(panel.title) == 1
+        axis.set_title(panel.title if alone else f"{panel.title}: {panel.variant}".strip(": "))
         axis.set_xlabel(f"{trained}: {panel.results.reports[0].name} %")
         axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
         axis.grid(alpha=0.3)

@@ -65,6 +65,7 @@ class Point(NamedTuple):
     high: float
     recognition: float
     per_seed: list = ()  # (metric, recognition) of each
+    step: int | None = None  # of the training; where PPO began 0; older files lack it
 
 
 class Nucleus(NamedTuple):

@@ -50,7 +50,7 @@ def verdict_table(findings):
 
 
 def rows_of_finding(number, result):
-    seeds = str(result["seeds"]) if result["seeds"] > 1 else "1 (hands only)"
+    seeds = str(result["seeds"]) if result["seeds"] > 1 else f"1 ({ONE_SEED})"
     verdict, minutes = result["verdict"].upper(), f"{result['minutes']:.0f}"
     rows = [(f"{number}. {result['name']}", "", "", "", verdict, seeds, minutes)]
     if "provided" in result:

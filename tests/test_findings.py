@@ -85,7 +85,7 @@ def test_overrides_go_to_every_command_and_name_the_arms():
     assert str(suite.folder) == "elsewhere" and jobs[0].command[-1] == "run.dir=elsewhere/s1/gp_l"
     played = [job.command for job in jobs if job.command[0] == "eval.py"][0]
     (arms,) = [word for word in played if word.startswith("eval.arms=")]
-    assert json.loads(arms.removeprefix("eval.arms="))[0] == "rl-ppo.clip=0.3"
+    assert json.loads(arms.removeprefix("eval.arms="))[0] == "rl-ppo.clip=0.3-ppo.verify_iters=5"
     given = Suite(MINI, True, ["sft.lr=5e-4"]).training("gp_l/sft_overfit")[2]
     assert "sft.init=sft-sft.lr=5e-4/step_80" in given  # the arm that these overrides make
 
@@ -144,7 +144,7 @@ def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, argum
 
 @pytest.mark.parametrize("old, new, told", [
     ("after: gp_l/sft\n", "after: gp_l/stf\n", "no gp_l/stf .did you mean gp_l/sft"),
-    ("run: rl.py gp_l.yaml\n", "run: lr.py gp_l.yaml\n", "is not sft.py or rl.py"),
+    ("run: rl.py gp_vl.yaml\n", "run: lr.py gp_vl.yaml\n", "is not sft.py or rl.py"),
     ("says: gp_l/sft < Init", "says: gp_l/sft is better", "is not 'a > b'|none of"),
     ("at: [gp_l, all, rule OOD, solved]", "at: [gp_l, al, rule OOD, solved]", "no al"),
     ("decides:", "decide:", "unknown key decide .did you mean decides"),
@@ -416,7 +416,7 @@ def test_one_table_and_its_json(fake, tmp_path, capsys):
     out, said = capsys.readouterr()
     assert said.splitlines()[-1] == f"written: {tmp_path / 'suite' / 'report.html'}"
     first = next(line for line in out.splitlines() if line.startswith("1. "))
-    assert "SHOWN" in first and "1 (hands only)" in first
+    assert "SHOWN" in first and "1 (hands or routes alone)" in first
     assert "-9.0 [-12.0, -6.0]" in out and "-8.1" in out
     assert "one seed: intervals count hands or routes alone" in out and "gp_l: a note" in out
     (number, result), = written["findings"].items()

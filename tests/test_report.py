@@ -263,6 +263,22 @@ def test_figure_draws_every_arm_in_a_colour_of_its_own(show, monkeypatch):
     assert [text.get_text() for text in legend.get_texts()] == [line.get_label() for line in lines]
 
 
+def test_several_ppo_trainings_are_drawn_over_their_updates(show, monkeypatch):
+    """Each from its own start at 0; SFT, whose steps are others, is not among them."""
+    def at(*steps):
+        return [[900 + step, 50 + step, 40, 60, 0, [], step] for step in steps]
+
+    curves = {"Init": at(80), "sft": at(80, 90), "rl": at(0, 4, 8), "rl-x=1": at(0, 3)}
+    figures = drawn(show, monkeypatch, curves=dict.fromkeys(VARIANTS, curves))
+    for panel, variant in zip(figures["updates.png"].axes, VARIANTS, strict=True):
+        assert panel.get_ylabel().startswith(variant)
+        lines = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+        assert lines == {"RL": [[0, 50], [4, 54], [8, 58]], "rl-x=1": [[0, 50], [3, 53]]}
+    older = {arm: [point[:-1] for point in points] for arm, points in curves.items()}
+    assert "updates.png" not in drawn(show, monkeypatch, curves=dict.fromkeys(VARIANTS, older))
+    assert "updates.png" not in drawn(show, monkeypatch)  # one PPO alone
+
+
 def test_figure_without_recognition_has_one_column(show, monkeypatch):
     reports = [{"name": "per-step accuracy", "title": "accuracy %", "metrics": ["first", "solved"]}]
     axes = drawn(show, monkeypatch, reports=reports)["evaluation.png"].axes
