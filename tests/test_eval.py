@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import CONFIG
+from conftest import CONFIG, ROOT
 
 import eval as evaluation
 import environments
@@ -1277,3 +1277,28 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
         told = seen_notes(arms, {"all": 5, "unseen": 3})
         wanted = f"rl: trained with env.split={split}, so what is played under {seen} is not new to"
         assert [line.removesuffix(" it") for line in told] == ([wanted] if seen else [])
+
+
+# ---------------------------------------------------------------- what is published
+VIEWS = ("virl_vl.yaml", "virl_vl_mini.json", [f"virl_vl_{seed}" for seed in (1, 2, 3)],
+         ["eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, published, names, settings", [VIEWS], ids=["V-IRL-VL"])
+def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
+                                                        names, settings):
+    """From every episode to the tables, by the code of today, without a model."""
+    for name in names:
+        with tarfile.open(ROOT / f"results/episodes/{name}.tar.xz") as packed:
+            packed.extractall(tmp_path, filter="data")
+    monkeypatch.setattr(evaluation, "made_by", lambda *_: {})  # reference policies, too, as played
+    monkeypatch.setattr(evaluation, "Policy", None)
+    runs = ",".join(str(tmp_path / name) for name in names)
+    evaluation.main([str(CONFIG.with_name(config)), f"run.dir={tmp_path / 'pooled'}",
+                     f"eval.runs=[{runs}]", "eval.conversations=0", *settings])
+    made = json.loads((tmp_path / "pooled/evaluation.json").read_text(),
+                      parse_float=lambda number: round(float(number), 3))
+    known = json.loads((ROOT / "results" / published).read_text())
+    for part in ("table", "differences", "frontier", "gflops"):
+        assert made[part] == known[part]
