@@ -5,6 +5,7 @@
     python findings.py configs/mini --quick              one seed, short: under an hour, 2 cores
     python findings.py configs/mini --list               only prints the commands, for a scheduler
     python findings.py configs/mini --jobs 1 ppo.lr=5e-5 any key=value goes to every command
+    python findings.py configs/mini/questions.yaml       another suite: what a reviewer asks
 
 What is run for a finding, and the rule by which it counts as shown, stand in findings.yaml of that
 folder, to be read and edited. Here are only sft.py, rl.py and eval.py, called as one would by hand:
@@ -145,7 +146,8 @@ def parse(arguments):
     """(options, numbers of findings, overrides)."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        usage="findings.py CONFIGS [FINDING ...] [--quick] [--list] [--jobs N] [key=value ...]")
+        usage="findings.py CONFIGS|SUITE.yaml [FINDING ...] [--quick] [--list] [--jobs N] "
+              "[key=value ...]")
     parser.add_argument("--quick", action="store_true", help="one seed, short runs")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
     parser.add_argument("--jobs", type=int, help="so many side by side; without: one per core")
@@ -153,10 +155,10 @@ def parse(arguments):
     if any(word.startswith("-") for word in rest):
         parser.error(f"unknown: {' '.join(rest)}")
     if not rest or "=" in rest[0]:
-        parser.error("name a folder of configurations, such as configs/mini")
+        parser.error("name a folder of configurations, such as configs/mini, or a suite's YAML")
     if options.jobs is not None and options.jobs < 1:
         parser.error("--jobs: at least 1")
-    options.configs, *rest = rest
+    options.suite, *rest = rest
     overrides = [word for word in rest if "=" in word]
     return options, [word for word in rest if "=" not in word], overrides
 
@@ -164,7 +166,7 @@ def parse(arguments):
 def main(arguments):
     """Run and judge the findings. arguments: of the command line, see above."""
     options, numbers, overrides = parse(arguments)
-    suite = Suite(options.configs, options.quick, overrides)
+    suite = Suite(options.suite, options.quick, overrides)
     numbers = chosen(suite.findings, numbers)
     jobs = suite.jobs(numbers)
     if options.list:

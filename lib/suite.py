@@ -1,4 +1,4 @@
-"""A suite of findings, as a findings.yaml writes it down, and the jobs that it comes to. No torch.
+"""A suite of findings, as a findings.yaml or its like writes it down, and its jobs. No torch.
 
     suite          the folder of the suite
     arms           name: {run: "sft.py gp_l.yaml key=value ..", quick, after, minutes}
@@ -59,21 +59,23 @@ class Job:
 
 
 class Suite:
-    """The findings.yaml in a folder of configurations, under overrides of the command line.
+    """A findings.yaml, or another of its kind, under overrides of the command line.
 
-    Args: configs: that folder; quick: one seed, short runs; overrides: "ppo.clip=0.3", for every
+    Args: where: a folder of configurations that has a findings.yaml, or such a file, the
+        configurations beside it; quick: one seed, short runs; overrides: "ppo.clip=0.3", for every
         command (run.dir=X is the suite's folder).
     Attributes: folder: of the suite; findings: {number: of the YAML}; training, trained: functions
         of an arm's name, its command and its folder.
     Raises: UserError for a YAML or an override that is wrong, before anything runs.
     """
 
-    def __init__(self, configs, quick=False, overrides=()):
-        self.configs, self.quick = Path(configs), quick
-        path = self.configs / "findings.yaml"
-        written = read_yaml(path, "name a folder that has one, such as configs/mini")
+    def __init__(self, where, quick=False, overrides=()):
+        where, self.quick = Path(where), quick
+        self.path = where if where.suffix == ".yaml" else where / "findings.yaml"
+        self.configs = self.path.parent
+        written = read_yaml(self.path, "name a folder that has one, such as configs/mini")
         try:
-            written = checked(str(path), written, fields(SCHEMA))
+            written = checked(str(self.path), written, fields(SCHEMA))
         except ValueError as error:
             raise UserError(str(error)) from None
         self.arms, self.evaluations = written["arms"], written["evaluations"]
@@ -83,7 +85,7 @@ class Suite:
         for override in overrides:
             key, _, value = override.partition("=")
             if key in OURS:
-                raise UserError(f"{key}: {path} decides about it")
+                raise UserError(f"{key}: {self.path} decides about it")
             if key == "run.dir":
                 self.folder = Path(value)
             else:
@@ -95,7 +97,7 @@ class Suite:
         """Raises: UserError if an arm, an evaluation or a line names what is not there."""
         for name, arm in self.arms.items():
             if not {"run", "minutes"} <= set(arm):
-                raise UserError(f"{self.configs}/findings.yaml: arms.{name} needs run and minutes")
+                raise UserError(f"{self.path}: arms.{name} needs run and minutes")
             if "after" in arm:
                 self._known(arm["after"], self.arms, f"arms.{name}.after")
         for name, evaluation in self.evaluations.items():
@@ -111,7 +113,7 @@ class Suite:
 
     def _known(self, name, names, where):
         if name not in names:
-            raise UserError(f"{self.configs}/findings.yaml: {where}: no {name}"
+            raise UserError(f"{self.path}: {where}: no {name}"
                             f"{nearest(name, names)}")
 
     def lines(self, number):
@@ -148,7 +150,7 @@ class Suite:
             words += shlex.split(entry.get("quick", ""))
         words = [word.replace("{start}", start) for word in words]
         if len(words) < 2 or words[0] not in scripts:
-            raise UserError(f"{self.configs}/findings.yaml: {entry['run']!r} is not "
+            raise UserError(f"{self.path}: {entry['run']!r} is not "
                             f"{' or '.join(scripts)} CONFIG.yaml [key=value ...]")
         config, given = str(self.configs / words[1]), [*words[2:], *self.overrides]
         load([config, *given])

@@ -90,10 +90,12 @@ def test_overrides_go_to_every_command_and_name_the_arms():
     assert "sft.init=sft-sft.lr=5e-4/step_80" in given  # the arm that these overrides make
 
 
+@pytest.mark.parametrize("where", [MINI, f"{MINI}/questions.yaml"], ids=["findings", "questions"])
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_command_is_accepted(quick):
+def test_every_command_is_accepted(quick, where):
     once = {}  # of seeds, which differ in run.* alone, the last
-    for script, *arguments in commands(SEVEN, quick):
+    suite = Suite(where, quick)
+    for script, *arguments in [job.command for job in suite.jobs(list(suite.findings))]:
         assert (ROOT / script).is_file()
         apart = tuple(word for word in arguments if not word.startswith("run."))
         once[script, apart] = arguments
