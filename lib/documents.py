@@ -26,7 +26,7 @@ import yaml
 
 from lib.errors import UserError
 from lib.figures import Panel, draw_compute, draw_frontier
-from lib.results import read
+from lib.results import read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT
 from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
@@ -60,13 +60,10 @@ def markdown(head, body):
     return [f"| {' | '.join(cells)} |" for cells in (head, ruler, *body)]
 
 
-def value_text(results, place, arm, greedy=True):
-    """An arm's value with half its interval, and the greedy one in brackets if that was played."""
-    estimate = arm_value(results, place, arm, results.temperatures[0])
-    text = f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
-    if greedy and 0 in results.temperatures[1:]:
-        text += f" ({arm_value(results, place, arm, 0).value:.1f})"
-    return text
+def value_text(results, place, arm, temperature):
+    """An arm's value with half its interval."""
+    estimate = arm_value(results, place, arm, temperature)
+    return f"{estimate.value:.1f} ± {estimate.half_width:.1f}"
 
 
 def arm_value(results, place, arm, temperature):
@@ -74,15 +71,14 @@ def arm_value(results, place, arm, temperature):
     return pick(results.table, place, arm=arm, temperature=temperature)["metrics"][place[-1]]
 
 
-def gap(results, place, pair):
-    """The row of a paired difference, at the first temperature."""
+def gap(results, place, pair, temperature):
+    """The row of a paired difference."""
     arm, base = pair
-    wanted = {"arm": arm, "base": base, "temperature": results.temperatures[0]}
-    return pick(results.differences, place, **wanted)
+    return pick(results.differences, place, arm=arm, base=base, temperature=temperature)
 
 
-def gap_text(results, place, pair):
-    return signed_text(gap(results, place, pair)["metrics"][place[-1]])
+def gap_text(results, place, pair, temperature):
+    return signed_text(gap(results, place, pair, temperature)["metrics"][place[-1]])
 
 
 def pair_name(pair):
@@ -111,7 +107,7 @@ def headline_block(fields, folder):
         split, _, metric = place
         ours, trained = [], []
         for arm in shown_arms((fields or {}).get("sft", {}).get(task, "sft")).values():
-            ours.append(value_text(results, place, arm, greedy=False))
+            ours.append(value_text(results, place, arm, results.temperatures[0]))
             found = arm_value(results, [split, "ID", metric], arm, results.temperatures[0])
             trained.append(f"{found.value:.0f}")
         theirs = map(str, paper(f"{task} rule OOD").values())
@@ -121,20 +117,26 @@ def headline_block(fields, folder):
 
 
 def table_block(fields, folder):
-    """The arms and their paired differences, a row per (split, variant, metric) or of the paper."""
+    """The arms and their paired differences, a row per (split, variant, metric) or of the paper.
+
+    At the first temperature; more of them have a row each.
+    """
     results = read(ROOT / fields["source"])
     arms = shown_arms(fields.get("sft", "sft"))
     body = []
     for label, place in fields["rows"].items():
-        cells = [label]
         if isinstance(place, str):
             theirs = paper(place)
-            cells += [f"{theirs[arm]:.1f}" for arm in NAMES]
-            cells += [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
-        else:
-            cells += [value_text(results, place, arm) for arm in arms.values()]
-            cells += [gap_text(results, place, (arms[arm], arms[base])) for arm, base in PAIRS]
-        body.append(cells)
+            values = [f"{theirs[arm]:.1f}" for arm in NAMES]
+            gaps = [f"{theirs[arm] - theirs[base]:+.1f}" for arm, base in PAIRS]
+            body.append([label, *values, *gaps])
+            continue
+        for temperature in results.temperatures:
+            at = f"{label}, {temperature_name(temperature)}" if results.temperatures[1:] else label
+            values = [value_text(results, place, arm, temperature) for arm in arms.values()]
+            gaps = [gap_text(results, place, (arms[arm], arms[base]), temperature)
+                    for arm, base in PAIRS]
+            body.append([at, *values, *gaps])
     compute = [f"{results.gflops[arm]:,.0f}" for arm in arms.values()]
     body.append(["model GFLOPs", *compute, "", "", ""])
     if any(results.official_gflops.values()):
@@ -162,7 +164,7 @@ def seeds_block(fields, folder):
         for arm, name in NAMES.items():
             rows[name] = pick(results.table, place, arm=arms[arm], **wanted)
         for pair in PAIRS:
-            rows[pair_name(pair)] = gap(results, place, [arms[arm] for arm in pair])
+            rows[pair_name(pair)] = gap(results, place, [arms[arm] for arm in pair], **wanted)
         for name, row in rows.items():
             estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
             interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
