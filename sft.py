@@ -8,8 +8,8 @@ of the bare base, as PPO does. The loss is on the expert's answer tokens alone. 
 > 0 the prompt holds wrong attempts and the verifier's texts before the expert's answer (the paper's
 sub-optimal trajectories); they carry no loss.
 
-Logged per step (metrics.jsonl): loss (nats per answer token), grad_norm, skipped (true: float16
-overflowed, no step was made), lr, tokens, gflops, seconds, peak_memory_gib.
+Logged per step (metrics.jsonl): loss (nats per answer token, of sft.loss), grad_norm, skipped (true:
+float16 overflowed, no step was made), lr, tokens, gflops, seconds, peak_memory_gib.
 """
 import itertools
 import random
@@ -50,7 +50,8 @@ def sft_batch(policy, env, seeds, mistakes):
 
 
 def train_step(policy, optimizer, batch, sft):
-    """One optimiser step on the mean negative log-prob per answer token.
+    """One optimiser step on the mean negative log-prob per answer token; with sft.loss "dft" each
+    token's is weighed by its own probability, through which no gradient goes (arXiv 2508.05629).
 
     Returns: (loss in nats per answer token, gradient norm before clipping, None without a step).
     Raises: UserError if one of them is not finite; the weights are then unchanged.
@@ -61,7 +62,10 @@ def train_step(policy, optimizer, batch, sft):
     items = [(sequence,) for sequence in batch]
     for group in micro_batches(items, sft.micro_tokens):
         scored = policy.score([sequence for (sequence,) in group])
-        part = -scored["logprobs"].sum() / answer_tokens
+        logprobs = scored["logprobs"]
+        if sft.loss == "dft":
+            logprobs = logprobs.detach().exp() * logprobs
+        part = -logprobs.sum() / answer_tokens
         backward(policy, part)
         loss += part.item()
     norm = clipped_step(policy, optimizer, sft.max_grad_norm, loss,

@@ -55,6 +55,7 @@ SCHEMA = {
     "lora.alpha": number(0),
     "lora.target_modules": text,
     "sft.init": start,
+    "sft.loss": choice("nll", "dft"),
     "sft.steps": whole(1),
     "sft.batch_size": whole(1),
     "sft.micro_tokens": whole(1),
@@ -115,9 +116,9 @@ SCHEMA = {
 }
 # Keys that came after the first runs, each with the value that means "as before": a YAML may leave
 # them out, and a run that was begun without them continues under these.
-DEFAULTS = {"sft.init": "none", "ppo.min_spread": 0.0, "ppo.max_ratio": INF, "ppo.target_kl": INF,
-            "model.thinking": False, "ppo.value_warmup": 0, "eval.curve_points": 8, "eval.arms": [],
-            "eval.conversations": 0}
+DEFAULTS = {"sft.init": "none", "sft.loss": "nll", "ppo.min_spread": 0.0, "ppo.max_ratio": INF,
+            "ppo.target_kl": INF, "model.thinking": False, "ppo.value_warmup": 0,
+            "eval.curve_points": 8, "eval.arms": [], "eval.conversations": 0}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

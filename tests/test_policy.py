@@ -414,6 +414,24 @@ def test_sft_loss_is_the_cross_entropy_of_answer_tokens_alone(make_policy, cfg):
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=rounding)
 
 
+def test_dft_weighs_each_token_by_its_probability(make_policy, cfg):
+    """The gradient of -p log p with p held is p times that of -log p; of all tokens, by hand."""
+    policy = make_policy()
+    batch = sft_batch(policy, cfg)
+    sgd = torch.optim.SGD(policy.trainable.values(), lr=0)
+    cfg.sft.max_grad_norm, cfg.sft.loss = 1e9, "dft"
+    loss, _ = sft.train_step(policy, sgd, batch, cfg.sft)
+    got = {name: p.grad.clone() for name, p in policy.trainable.items() if p.grad is not None}
+    sgd.zero_grad()
+    logprobs = policy.score(batch)["logprobs"]
+    likely = logprobs.detach().exp()
+    assert loss == pytest.approx(-(likely * logprobs).mean().item(), rel=1e-5)
+    (-likely @ logprobs / len(logprobs)).backward()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, policy.trainable[name].grad, rtol=1e-4, atol=1e-6)
+    assert likely.min() < 0.1 < 0.9 < likely.max()  # the weights differ
+
+
 def test_sft_learns_its_batch(make_policy, cfg):
     policy = make_policy()
     batch, adam = sft_batch(policy, cfg), torch.optim.AdamW(policy.trainable.values(), lr=1e-3)
