@@ -8,8 +8,8 @@ of the bare base, as PPO does. The loss is on the expert's answer tokens alone. 
 > 0 the prompt holds wrong attempts and the verifier's texts before the expert's answer (the paper's
 sub-optimal trajectories); they carry no loss.
 
-Logged per step (metrics.jsonl): loss (nats per answer token, of sft.loss), grad_norm, skipped (true:
-float16 overflowed, no step was made), lr, tokens, gflops, seconds, peak_memory_gib.
+Logged per step (metrics.jsonl): loss (sft.loss per answer token), grad_norm, skipped (true: float16
+overflowed, no step was made), lr, tokens, gflops, seconds, peak_memory_gib.
 """
 import itertools
 import random
