@@ -271,6 +271,7 @@ class EvaluatedRun:
     def __init__(self, folder, cfg, loader, seed):
         self.folder, self.cfg, self.loader, self.seed = folder, cfg, loader, seed
         self.cells = Cells(folder / "evaluations.jsonl")
+        self.is_whole = cache(is_whole)
 
     def cell(self, place, scene, checkpoint, n, bar, conversations=0):
         """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts.
@@ -287,7 +288,7 @@ class EvaluatedRun:
         e = self.cfg.eval
         key = [player, written, scene.env, place.split, place.temperature, n]
         key += [e.verify_iters, e.seed]
-        means = made_by(scene.env, model) if is_whole(checkpoint) else {}
+        means = made_by(scene.env, model) if self.is_whole(checkpoint) else {}
         episodes = self.cells.find(key, means)
         if episodes is not None:
             bar.update(n)
@@ -308,7 +309,7 @@ class EvaluatedRun:
         e = self.cfg.eval
         if checkpoint is None:
             return play_reference(scene.env, place.arm, n, e.seed, e.verify_iters)
-        if not is_whole(checkpoint):
+        if not self.is_whole(checkpoint):
             raise UserError(f"{self.folder} was packed without its weights, and has not kept "
                             f"{place.arm}, {place.variant}, {place.split}, "
                             f"{temperature_name(place.temperature)}, {n} episodes")

@@ -53,7 +53,7 @@ def train_step(policy, optimizer, batch, sft):
     """One optimiser step on the mean negative log-prob per answer token; with sft.loss "dft" each
     token's is weighed by its own probability, through which no gradient goes (arXiv 2508.05629).
 
-    Returns: (loss in nats per answer token, gradient norm before clipping, None without a step).
+    Returns: (loss per answer token, gradient norm before clipping, None without a step).
     Raises: UserError if one of them is not finite; the weights are then unchanged.
     """
     answer_tokens = sum(end - start for sequence in batch for start, end in sequence.spans)

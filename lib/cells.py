@@ -47,20 +47,19 @@ class Cells:
         self.known.setdefault(json.dumps(key), []).append((made_by, episodes))
 
     def find(self, key, made_by):
-        """The episodes played for a key by the same means, None if they must be played.
+        """The episodes played for a key by the same means, the latest ones, None if they must be
+        played.
 
         A means that is None is not known here, so it may be any.
         """
-        changed = None
-        for before, episodes in self.known.get(json.dumps(key), []):
-            changed = []
-            for part, now in made_by.items():
-                if now is not None and before.get(part) != now:
-                    changed.append(part)
-            if not changed:
+        known = self.known.get(json.dumps(key), [])
+        for before, episodes in reversed(known):
+            if not changes(before, made_by):
                 return episodes
-        if changed:
-            self._say(f"other {' and '.join(changed)}" if before else "an older version")
+        if known:
+            latest, _ = known[-1]
+            others = " and ".join(changes(latest, made_by))
+            self._say(f"other {others}" if latest else "an older version")
         return None
 
     def _say(self, maker):
@@ -71,6 +70,11 @@ class Cells:
     def add(self, key, made_by, episodes):
         self._remember(key, made_by, episodes)
         append_line(self.path, {"key": key, "made_by": made_by, "episodes": episodes})
+
+
+def changes(before, made_by):
+    """The means that are known and others than before."""
+    return [part for part, now in made_by.items() if now is not None and before.get(part) != now]
 
 
 # ---------------------------------------------------------------- with what a cell was made

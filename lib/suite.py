@@ -107,9 +107,8 @@ class Suite:
             for line in self.lines(number):
                 where = f"findings.{number}"
                 self._known(line["at"][0], self.evaluations, where)
-                for arm in line.get("says", "Init < 0").split()[::2]:
-                    if "/" in arm:
-                        self._known(arm, self.evaluations[line["at"][0]]["arms"], where)
+                for arm in arms_of(line):
+                    self._known(arm, self.evaluations[line["at"][0]]["arms"], where)
 
     def _known(self, name, names, where):
         if name not in names:
@@ -215,6 +214,13 @@ class Suite:
                     self._known(split, raw["eval"]["splits"], f"findings.{number}: eval.splits")
                     self._known(variant, raw["eval"]["variants"],
                                 f"findings.{number}: eval.variants")
+
+
+def arms_of(line):
+    """The arms that a line of a finding, or its `provided`, names."""
+    if "says" in line:
+        return [word for word in line["says"].split() if "/" in word]
+    return [line["start_of"], line["of_start_of"]]
 
 
 def chosen(findings, numbers):

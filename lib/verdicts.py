@@ -56,10 +56,13 @@ def verdict(estimate, sign):
 
 def verdict_of_all(verdicts, holds=True):
     """Of a finding, from those of the lines that decide; holds: what it is provided with."""
-    for one in (MISSING, OTHER_WAY):
-        if one in verdicts:
-            return one
-    return SHOWN if holds and set(verdicts) == {SHOWN} else NOT_SHOWN
+    if MISSING in verdicts:
+        return MISSING
+    if not holds:
+        return NOT_SHOWN
+    if OTHER_WAY in verdicts:
+        return OTHER_WAY
+    return SHOWN if set(verdicts) == {SHOWN} else NOT_SHOWN
 
 
 # ---------------------------------------------------------------- read from evaluation.json

@@ -151,6 +151,7 @@ def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, argum
     ("at: [gp_l, all, rule OOD, solved]", "at: [gp_l, al, rule OOD, solved]", "no al"),
     ("decides:", "decide:", "unknown key decide .did you mean decides"),
     ("seeds: 5", "seeds: 0", "seeds: 0 is not between"),
+    ("of_start_of: gp_l/rl_5", "of_start_of: gp_l/rl5", "findings.7: no gp_l/rl5 .did you mean"),
 ])
 def test_mistake_in_the_yaml_is_named(tmp_path, old, new, told):
     for path in Path(MINI).glob("*.yaml"):
@@ -379,7 +380,8 @@ def test_sentence_that_compares_nothing_is_refused(text):
 FAKE = CHILD + """
 if script.endswith("eval.py") and "evaluations" not in keys["run.dir"]:
     differences = []
-    for arm, base, value in [("sft", "Init", -9), ("rl", "Init", 4)]:
+    gentle = "sft-sft.init=sft_step_80-sft.lr=5e-5"
+    for arm, base, value in [("sft", "Init", -9), (gentle, "Init", -9), ("rl", "Init", 4)]:
         metrics = {name: [value, value - 3, value + 3] for name in ("solved", "per_step",
                                                                     "recognized")}
         for split, variant in [("all", "rule OOD"), ("all", "ID"), ("unseen", "rule OOD"),
