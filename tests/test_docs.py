@@ -132,6 +132,9 @@ def test_the_speeds_are_those_measured():
             numbers[label] = f"{result['ratios'][key]['median']:.1f}"
         for label, key in MEDIANS.items():
             numbers[label] = f"{median(played[key] for played in ours):.2f}"
+        for phase in ("rollout", "update"):
+            share = median(played[f"{phase}_share"] for played in ours)
+            numbers[f"{phase}, % of the core's matmul rate"] = f"{100 * share:.0f}"
         for label, number in numbers.items():
             cells.setdefault(label, []).append(number)
     for label, (gp_l, gp_vl) in cells.items():
