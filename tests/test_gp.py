@@ -943,6 +943,32 @@ def test_backbone_reads_no_unseen_hand_and_no_answer_of_the_task(n, image_size):
     assert hands > n
 
 
+@pytest.mark.slow
+def test_rules_that_the_shipped_language_model_has_never_read():
+    """In all documents of its stage, from the recipe's own seed: docs/results.md plays by these."""
+    from mini.pretrain import batches, build_processor  # torch, which the others here do not need
+
+    read = Counter()
+
+    class Noted(corpus_gp.Corpus):
+        def document(self):
+            found = super().document()
+            read.update(re.findall(r"'J' counts as (\d+), 'Q' counts as (\d+), 'K' counts as (\d+)",
+                                   found.text))
+            return found
+
+    processor = build_processor(112, corpus_gp.phrases())
+    tokens = 0
+    for batch in batches(Noted(RECIPE["data"], RECIPE["seed"]), processor, RECIPE["text"]):
+        tokens += int(batch.mask.sum())
+        if tokens >= RECIPE["text"]["tokens"]:
+            break
+    shown = json.loads((ROOT / RECIPE["out"] / "training.json").read_text())["text"]
+    assert tokens == shown["tokens"]  # the very documents
+    assert read["10", "10", "10"] > 5000 < read["11", "12", "13"] and len(read) > 1000
+    assert read["7", "8", "9"] == read["12", "11", "13"] == 0
+
+
 def test_wrong_tries_are_refused_for_the_right_reason_and_not_learned():
     corpus = corpus_gp.Corpus(RECIPE["data"], 2)
     refused = 0
