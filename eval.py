@@ -39,7 +39,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -66,12 +66,19 @@ ONE_SEED = ("one training seed: intervals are over hands or routes alone; anothe
 
 
 # ---------------------------------------------------------------- table and paired differences
-def columns(episodes):
-    """{metric: n pairs (right, of)} of n episodes; (0, 0) where one never met the metric."""
+def columns(episodes, categories=()):
+    """{metric: n pairs (right, of)} of n episodes; (0, 0) where one never met the metric.
+
+    With the metrics "first CATEGORY": (first attempts so graded, first attempts).
+    """
     found = {}
     for i, episode in enumerate(episodes):
         for metric, pair in episode["counts"].items():
             found.setdefault(metric, [(0, 0)] * len(episodes))[i] = pair
+    for category, episode in product(categories, episodes):
+        first = episode["grades"]["first"]
+        pair = first.get(category, 0), sum(first.values())
+        found.setdefault(f"first {category}", []).append(pair)
     return found
 
 
@@ -89,11 +96,16 @@ def stacked(cells, metric):
 
 
 def measured(episodes, base=None):
-    """Metrics of an arm's episodes, or of the difference to a base's same ones.
+    """Metrics of an arm's episodes, or of the difference to a base's same ones, and how their first
+    attempts were graded.
 
     Returns: {metrics: {name: Estimate}, per_seed: {name: values of the seeds}} in % (points).
     """
-    cells = [columns(episodes)] if base is None else [columns(episodes), columns(base)]
+    arms = [episodes] if base is None else [episodes, base]
+    categories = set()
+    for episode in chain(*arms):
+        categories.update(episode["grades"]["first"])
+    cells = [columns(arm, sorted(categories)) for arm in arms]
     statistic = value if base is None else difference
     row = {"metrics": {}, "per_seed": {}}
     for metric in cells[0]:

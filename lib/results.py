@@ -11,7 +11,8 @@
                                equal, arms that were trained on what is played
     table                      rows {split, variant, arm, temperature, n, metrics: {name: Estimate},
                                per_seed: {name: a value per seed}} in %, the seeds pooled in
-                               `metrics`; of a reference policy the temperature is null; grades:
+                               `metrics`, with "first CATEGORY", how first attempts were graded; of
+                               a reference policy the temperature is null; grades:
                                {first, retries: {category: % of these answers}, repeated: % of
                                the retries, word for word as an earlier answer there}
     differences                rows {split, variant, temperature, arm, base, metrics, per_seed} in
