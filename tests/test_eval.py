@@ -1293,9 +1293,14 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 VIEWS = ("virl_vl.yaml", "virl_vl_mini.json", [f"virl_vl_{seed}" for seed in (1, 2, 3)],
          ["eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"])
 
+WORDS = ("gp_l.yaml", "gp_l_mini.json", [f"gp_l_{seed}" for seed in (1, 2, 3, 4, 5)],
+         ["eval.splits={all: 1000}", "eval.curve_n=50", "eval.curve_points=8",
+          "eval.arms=[sft,sft-early,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, published, names, settings", [VIEWS], ids=["V-IRL-VL"])
+@pytest.mark.parametrize("config, published, names, settings", [VIEWS, WORDS],
+                         ids=["V-IRL-VL", "GP-L"])
 def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
                                                         names, settings):
     """From every episode to the tables, by the code of today, without a model."""
