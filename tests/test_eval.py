@@ -1294,7 +1294,7 @@ VIEWS = ("virl_vl.yaml", "virl_vl_mini.json", [f"virl_vl_{seed}" for seed in (1,
          ["eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"])
 
 WORDS = ("gp_l.yaml", "gp_l_mini.json", [f"gp_l_{seed}" for seed in (1, 2, 3, 4, 5)],
-         ["eval.splits={all: 1000}", "eval.curve_n=50", "eval.curve_points=8",
+         ["eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
           "eval.arms=[sft,sft-early,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
 
 
