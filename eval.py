@@ -146,10 +146,13 @@ class Checkpoint(NamedTuple):
 
 def point_of(checkpoint, lead):
     """The Point on a curve of the metric `lead`."""
-    found = measured(checkpoint.episodes)
-    recognition = found["metrics"]["recognized"].value
-    per_seed = list(zip(found["per_seed"][lead], found["per_seed"]["recognized"]))
-    return Point(checkpoint.gflops, *found["metrics"][lead], recognition, per_seed, checkpoint.step)
+    episodes = checkpoint.episodes
+    cells = [columns(episodes)]
+    leading = in_percent(stacked(cells, lead), episodes, value)
+    recognized = in_percent(stacked(cells, "recognized"), episodes, value)
+    per_seed = list(zip(leading.per_seed, recognized.per_seed))
+    return Point(checkpoint.gflops, *leading.estimate, recognized.estimate.value, per_seed,
+                 checkpoint.step)
 
 
 def above_curve(trained, other, metric):
