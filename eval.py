@@ -16,7 +16,8 @@ eval.batch_size).
 
 Along each training eval.curve_points checkpoints are played in every variant: curves over compute,
 and the frontier, one variant against the trained one (the first). How far PPO's last checkpoint
-lies above the curve of SFT is read at equal FLOPs and where the curve first comes to PPO's ID.
+lies above the curve of SFT is read at equal FLOPs, where the curve first comes to PPO's ID and,
+with eval.kl, where it has first gone as far from Init (lib/divergence.py).
 
 A metric is right / all, summed over episodes. Its 95 % interval counts the luck of the trainings
 and that of the problems: a bootstrap over seeds and over hands or routes (lib/bootstrap.py). Of a
@@ -50,6 +51,7 @@ import yaml
 from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
 from lib.bootstrap import difference, gap_along, measure, value
 from lib.cells import Cells, made_by, versions
+from lib.divergence import divergences
 from lib.errors import UserError, run_main, within_memory
 from lib.progress import announce, progress_bar
 from lib.results import Nucleus, Point, Report, temperature_name
@@ -142,6 +144,7 @@ class Checkpoint(NamedTuple):
     gflops: float  # mean
     episodes: list
     step: int = 0  # of the training; where PPO began 0
+    apart: list = ()  # with eval.kl, in the trained variant: episodes {"kl": (nats, answers)}
 
 
 def point_of(checkpoint, lead):
@@ -151,8 +154,13 @@ def point_of(checkpoint, lead):
     leading = in_percent(stacked(cells, lead), episodes, value)
     recognized = in_percent(stacked(cells, "recognized"), episodes, value)
     per_seed = list(zip(leading.per_seed, recognized.per_seed))
-    return Point(checkpoint.gflops, *leading.estimate, recognized.estimate.value, per_seed,
-                 checkpoint.step)
+    point = Point(checkpoint.gflops, *leading.estimate, recognized.estimate.value, per_seed,
+                  checkpoint.step)
+    if checkpoint.apart:
+        nats = stacked([columns(checkpoint.apart)], "kl") / torch.tensor([100, 1])
+        kl = in_percent(nats, checkpoint.apart, value)
+        point = point._replace(kl=kl.estimate.value, kl_per_seed=kl.per_seed)
+    return point
 
 
 def above_curve(trained, other, metric):
@@ -160,28 +168,35 @@ def above_curve(trained, other, metric):
 
     Args: trained, other: the curve's Checkpoints in the two variants, in order, and the arm's as
         the last. All have played the same episodes of a variant in the same order.
-    Returns: as `measured`, in points, of "equal FLOPs" and "equal ID": where the curve first comes
-        to the arm's compute, and to its metric in the trained variant. One that it never comes to
-        is left out.
+    Returns: as `measured`, in points, of "equal FLOPs", "equal ID" and "equal KL": where the curve
+        first comes to the arm's compute, to its metric in the trained variant, and as far from
+        where PPO began. One that it never comes to, or that is not known, is left out.
     """
-    halves = []
-    for checkpoints in (trained, other):
-        cells = [columns(checkpoint.episodes) for checkpoint in checkpoints]
-        halves.append(stacked(cells, metric))  # (n, k + 1, 2)
-    # k checkpoints of the curve, then the arm: k + 1 cells of the trained variant, as many of the
-    # other; an episode counts in the half that it was played in, and (0, 0) in the other
-    n, m = map(len, halves)
-    counts = torch.zeros(n + m, 2, len(trained), 2)
-    counts[:n, 0], counts[n:, 1] = halves
-    counts = counts.flatten(1, 2)  # (n + m, 2, k + 1, 2) -> (n + m, 2 (k + 1), 2)
-    episodes = trained[0].episodes + other[0].episodes
     gflops = torch.tensor([checkpoint.gflops for checkpoint in trained]).double()
+    played = [checkpoint.episodes for checkpoint in trained]
+    apart = [checkpoint.apart for checkpoint in trained]
+    along = {"equal FLOPs": (played, metric, gflops), "equal ID": (played, metric, None)}
+    if all(apart):
+        along["equal KL"] = apart, "kl", None
+    shown = [checkpoint.episodes for checkpoint in other]
     row = {"metrics": {}, "per_seed": {}}
-    for name, x in (("equal FLOPs", gflops), ("equal ID", None)):
-        found = in_percent(counts, episodes, gap_along(x))
+    for name, (cells, x_metric, x) in along.items():
+        counts = halves(cells, x_metric, shown, metric)
+        found = in_percent(counts, cells[0] + shown[0], gap_along(x))
         if found.estimate:
             row["metrics"][name], row["per_seed"][name] = found
     return row
+
+
+def halves(first, first_metric, second, second_metric):
+    """(n + m, 2 K, 2): what the n episodes of K cells count for one metric, in the first half, and
+    the m episodes of K others for another, in the second; an episode counts (0, 0) in the half that
+    it was not played in. Args: first, second: lists of K cells."""
+    left = stacked([columns(cell) for cell in first], first_metric)  # (n, K, 2)
+    right = stacked([columns(cell) for cell in second], second_metric)  # (m, K, 2)
+    counts = torch.zeros(len(left) + len(right), 2, len(first), 2)
+    counts[:len(left), 0], counts[len(left):, 1] = left, right
+    return counts.flatten(1, 2)
 
 
 class Place(NamedTuple):
@@ -288,6 +303,10 @@ class EvaluatedRun:
         self.cells = Cells(folder / "evaluations.jsonl")
         self.is_whole = cache(is_whole)
 
+    def name_of(self, checkpoint):
+        """Its path under the run, and when it was written: a key for what it has played."""
+        return [os.path.relpath(checkpoint, self.folder), int(checkpoint.stat().st_mtime)]
+
     def cell(self, place, scene, checkpoint, n, bar, conversations=0):
         """n episodes of a checkpoint (None: of the reference policy) at a place; `bar` counts.
 
@@ -295,14 +314,12 @@ class EvaluatedRun:
         """
         temperature = temperature_name(place.temperature)
         bar.set_description(f"{place.arm}, {place.variant}, {place.split}, {temperature}")
-        player, written, model = place.arm, None, None
+        player, model = [place.arm, None], None
         if checkpoint:
-            player = os.path.relpath(checkpoint, self.folder)
-            written = int(checkpoint.stat().st_mtime)
+            player = self.name_of(checkpoint)
             model = self.loader.settings_of(checkpoint)["model"]
         e = self.cfg.eval
-        key = [player, written, scene.env, place.split, place.temperature, n]
-        key += [e.verify_iters, e.seed]
+        key = [*player, scene.env, place.split, place.temperature, n, e.verify_iters, e.seed]
         means = made_by(scene.env, model) if self.is_whole(checkpoint) else {}
         episodes = self.cells.find(key, means)
         if episodes is not None:
@@ -319,11 +336,32 @@ class EvaluatedRun:
                 bar.update(n)  # else it counts as they are played
         return [{**episode, "training": self.seed} for episode in episodes]
 
-    def play(self, place, scene, checkpoint, n, bar=None):
+    def apart(self, place, scene, checkpoint, start, n, bar):
+        """How far first answers at T = 1 have gone from the checkpoint `start`: n episodes of
+        counts {"kl": (nats, answers)}, kept as cells are."""
+        bar.set_description(f"{place.arm}, KL to where it began")
+        names = [*self.name_of(checkpoint), *self.name_of(start)]
+        key = [*names, scene.env, place.split, "kl", n, self.cfg.eval.seed]
+        means = made_by(scene.env, self.loader.settings_of(checkpoint)["model"])
+        episodes = self.cells.find(key, means if self.is_whole(checkpoint) else {})
+        if episodes is None:
+            place = place._replace(temperature=1.0)
+            records = self.play(place, scene, checkpoint, n, verify_iters=1)
+            nats = divergences(records, self.loader.get, checkpoint, start,
+                               self.cfg.ppo.micro_tokens)
+            episodes = []
+            for record, pair in zip(records, nats):
+                episodes.append({"cluster": record["cluster"], "counts": {"kl": pair}})
+            self.cells.add(key, means, episodes)
+        bar.update(n)
+        return [{**episode, "training": self.seed} for episode in episodes]
+
+    def play(self, place, scene, checkpoint, n, bar=None, verify_iters=None):
         """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
         e = self.cfg.eval
+        verify_iters = verify_iters or e.verify_iters
         if checkpoint is None:
-            return play_reference(scene.env, place.arm, n, e.seed, e.verify_iters)
+            return play_reference(scene.env, place.arm, n, e.seed, verify_iters)
         if not self.is_whole(checkpoint):
             raise UserError(f"{self.folder} was packed without its weights, and has not kept "
                             f"{place.arm}, {place.variant}, {place.split}, "
@@ -331,7 +369,7 @@ class EvaluatedRun:
         policy = self.loader.get(checkpoint)
         ways = ("model.sample_tokens", "eval.batch_size", "model.merge_for_sampling=false")
         with within_memory("sampling", self.cfg, *ways):
-            return evaluate(policy, scene.env, n, e.seed, e.verify_iters, place.temperature,
+            return evaluate(policy, scene.env, n, e.seed, verify_iters, place.temperature,
                             e.batch_size, bar)
 
 
@@ -375,7 +413,7 @@ class Evaluation:
         for split, variant in product(e.splits, e.variants):
             self._add_scene(cfg.env, split, variant)
         self.curve_points = self._find_curve_points() if e.curve_n else {}
-        points = len(e.variants) * sum(map(len, self.curve_points.values()))
+        points = (len(e.variants) + e.kl) * sum(map(len, self.curve_points.values()))
         n = points * e.curve_n + sum(self.scene(place).n for place in self.places)
         self.bar = progress_bar(total=n * len(self.runs), unit="episode")
 
@@ -427,11 +465,14 @@ class Evaluation:
 
     def curve(self, variant):
         """{Init or training: its Checkpoints in order, from the Init that it began from on}."""
-        curve = {}
+        curve, starts = {}, self.comparison.starts_of_trainings()
+        began = {init.name: init.checkpoints for init in self.comparison.inits}
+        measures_kl = self.e.kl and variant == next(iter(self.e.variants))
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
-            curve[name] = [self.checkpoint(place, paths) for paths in points]
-        for name, init in self.comparison.starts_of_trainings().items():
+            start = began.get(starts.get(name, name)) if measures_kl else None
+            curve[name] = [self.checkpoint(place, paths, start) for paths in points]
+        for name, init in starts.items():
             if curve:
                 (start,) = curve[init]
                 if name.startswith("rl"):
@@ -440,13 +481,16 @@ class Evaluation:
                 curve[name] = [start, *later]
         return curve
 
-    def checkpoint(self, place, paths):
-        """The Checkpoint of all runs, whose paths these are."""
-        episodes = []
-        for run, path in zip(self.runs, paths):
-            episodes += run.cell(place, self.scene(place), path, self.e.curve_n, self.bar)
+    def checkpoint(self, place, paths, start=None):
+        """The Checkpoint of all runs, whose paths these are; with how far from the paths `start`,
+        if they are given."""
+        scene, n, episodes, apart = self.scene(place), self.e.curve_n, [], []
+        for nth, (run, path) in enumerate(zip(self.runs, paths)):
+            episodes += run.cell(place, scene, path, n, self.bar)
+            if start:
+                apart += run.apart(place, scene, path, start[nth], n, self.bar)
         step = int(paths[0].name.partition("_")[2])
-        return Checkpoint(self.comparison.mean_gflops(paths), episodes, step)
+        return Checkpoint(self.comparison.mean_gflops(paths), episodes, step, apart)
 
     def points(self, curves):
         """{variant: {Init or training: Points}}. Args: curves: {variant: as of `curve`}."""

@@ -23,7 +23,8 @@ from lib.curves import logs_of, panels_of
 from lib.documents import write_documents
 from lib.errors import UserError, run_main
 from lib.figures import (
-    Panel, draw_bars, draw_compute, draw_frontier, draw_growth, draw_updates, ppo_curves)
+    Panel, draw_bars, draw_compute, draw_frontier, draw_growth, draw_updates, knows_kl,
+    ppo_curves)
 from lib.page import Page, changed_settings, findings_beside, settings_files, write_page
 from lib.results import read, temperature_name
 from lib.runs import write_atomic
@@ -58,6 +59,10 @@ def draw_all(results, path):
             figures["Other variants against the trained one"] = folder / "frontier.png"
             panels = [Panel("", results, variant) for variant in others]
             draw_frontier(panels, folder / "frontier.png")
+        if others and knows_kl(results):
+            figures["Other variants against KL to where PPO began"] = folder / "frontier_kl.png"
+            panels = [panel._replace(over_kl=True) for panel in panels]
+            draw_frontier(panels, folder / "frontier_kl.png")
         if len(ppo_curves(results, next(iter(results.variants)))) > 1:
             figures[f"{lead} against updates of PPO"] = folder / "updates.png"
             draw_updates(results, folder / "updates.png")

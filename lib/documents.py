@@ -13,10 +13,10 @@ A generated block stands between two comments. The first names the block and, as
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
 of each seed), grades (of the answers), grid (arms against variants), figure (over compute),
-frontier (a picture of sources: {title: file}, perhaps of some variants: alone), gaps (how far PPO
-lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds, `sft: FOLDER`
-names the training that stands for SFT, if not `sft`; in figure, frontier and gaps, `without:
-[FOLDER]` leaves trainings out.
+frontier (a picture of sources: {title: file}, perhaps of some variants: alone, or over: kl), gaps
+(how far PPO lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds,
+`sft: FOLDER` names the training that stands for SFT, if not `sft`; in figure, frontier and gaps,
+`without: [FOLDER]` leaves trainings out.
 """
 import json
 import os
@@ -224,7 +224,8 @@ def panels_of(fields):
         results = read_curves(source, fields)
         for variant in list(results.variants)[1:]:
             if variant in fields.get("variants", results.variants):
-                panels.append(Panel(title, results, variant))
+                over_kl = fields.get("over") == "kl"
+                panels.append(Panel(title, results, variant, over_kl))
     return panels
 
 

@@ -219,10 +219,19 @@ def leading(results, row):
 
 # ---------------------------------------------------------------- the frontier
 class Panel(NamedTuple):
-    """One variant's leading metric against that of the first variant, which is the trained one."""
+    """One variant's leading metric against that of the first variant, which is the trained one, or
+    against how far the model has gone from where PPO began."""
     title: str
     results: SimpleNamespace
     variant: str
+    over_kl: bool = False
+
+
+def knows_kl(results):
+    """Whether points tell how far they have gone (eval.kl)."""
+    trained = next(iter(results.variants))
+    points = chain(*results.curves[trained].values())
+    return any(point.kl is not None for point in points)
 
 
 def draw_frontier(panels, path):
@@ -238,14 +247,16 @@ def draw_frontier(panels, path):
             thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
             thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
             others = panel.results.curves[panel.variant][arm]
-            x = [point.value for point in points]
             y = [point.value for point in others]
-            draw_path(axis, x, y, **thick, label=training_name(arm))
-            for x, y in zip(paths_of_seeds(points), paths_of_seeds(others)):
+            draw_path(axis, across(points, panel), y, **thick, label=training_name(arm))
+            for x, y in zip(across_of_seeds(points, panel), paths_of_seeds(others)):
                 draw_path(axis, x, y, **thin)
         alone = titles.count(panel.title) == 1
         axis.set_title(panel.title if alone else f"{panel.title}: {panel.variant}".strip(": "))
-        axis.set_xlabel(f"{trained}: {panel.results.reports[0].name} %")
+        over = f"{panel.results.reports[0].name} %"
+        if panel.over_kl:
+            over = "KL to where PPO began, nats per first answer"
+        axis.set_xlabel(f"{trained}: {over}")
         axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -257,6 +268,18 @@ def draw_path(axis, x, y, **look):
     (line,) = axis.plot(x, y, **look)
     look.update(markersize=2 * line.get_markersize(), label=None)
     axis.plot(x[-1:], y[-1:], **look)
+
+
+def across(points, panel):
+    """What a Panel draws Points over."""
+    return [point.kl if panel.over_kl else point.value for point in points]
+
+
+def across_of_seeds(points, panel):
+    """The same of each seed."""
+    if panel.over_kl:
+        return zip(*[point.kl_per_seed for point in points])
+    return paths_of_seeds(points)
 
 
 def paths_of_seeds(points):

@@ -21,8 +21,9 @@
                                temperature
     frontier                   rows {variant, arm, base, metrics, per_seed}: how far PPO's last
                                checkpoint lies above the curve of an SFT training, in points, where
-                               that comes to its compute ("equal FLOPs") and to what it reaches in
-                               the first variant ("equal ID")
+                               that comes to its compute ("equal FLOPs"), to what it reaches in
+                               the first variant ("equal ID") and, with eval.kl, as far from where
+                               they began ("equal KL")
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
     runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
@@ -67,6 +68,8 @@ class Point(NamedTuple):
     recognition: float
     per_seed: list = ()  # (metric, recognition) of each
     step: int | None = None  # of the training; where PPO began 0; older files lack it
+    kl: float | None = None  # to where PPO began, nats per first answer, of the first variant
+    kl_per_seed: list = ()
 
 
 class Nucleus(NamedTuple):

@@ -105,6 +105,7 @@ SCHEMA = {
     "eval.batch_size": whole(1),
     "eval.curve_n": whole(0),
     "eval.curve_points": whole(0),
+    "eval.kl": flag,
     "eval.seed": whole(0, 2**31),
     "eval.runs": list_of(text),
     "eval.arms": list_of(text),
@@ -118,7 +119,7 @@ SCHEMA = {
 # them out, and a run that was begun without them continues under these.
 DEFAULTS = {"sft.init": "none", "sft.loss": "nll", "ppo.min_spread": 0.0, "ppo.max_ratio": INF,
             "ppo.target_kl": INF, "model.thinking": False, "ppo.value_warmup": 0,
-            "eval.curve_points": 8, "eval.arms": [], "eval.conversations": 0}
+            "eval.curve_points": 8, "eval.kl": False, "eval.arms": [], "eval.conversations": 0}
 SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in SCHEMA))  # in the same order
 FREE = ("env.", "eval.variants.", "eval.splits.")  # names below these are not in the schema
 NOT_EMPTY = ("eval.splits", "eval.temperatures", "eval.variants", "model.tune")

@@ -3,14 +3,14 @@
 Their argument `results` is what report.read returns: an evaluation.json, see lib/results.py.
 """
 import re
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 from lib.results import temperature_name
 
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 GRADES = {"first": "first attempts", "retries": "retries"}
-FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT
+FRONTIER = ("equal FLOPs", "equal ID", "equal KL")  # where PPO is compared with the curve of SFT
 
 
 class Table(NamedTuple):
@@ -198,10 +198,12 @@ def grade_tables(results):
 # ---------------------------------------------------------------- how far above SFT's curve
 def gap_rows(results):
     """How far PPO lies above each SFT training's curve: rows of texts, a head first."""
-    rows = [["points", "", *[f"at {at}" for at in FRONTIER]]]
+    known = set(chain(*[row["metrics"] for row in results.frontier]))
+    places = [at for at in FRONTIER if at in known or at != "equal KL"]  # measured if asked for
+    rows = [["points", "", *[f"at {at}" for at in places]]]
     for row in results.frontier:
         pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
-        cells = [signed_text(row["metrics"].get(at)) for at in FRONTIER]
+        cells = [signed_text(row["metrics"].get(at)) for at in places]
         rows.append([row["variant"], pair, *cells])
     return rows
 

@@ -475,11 +475,11 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
             "sft": [100, 300],
             "rl": [100, 400],
         }
-        assert arms["rl"][0][:-1] == arms["Init"][0][:-1]
+        assert arms["rl"][0][:6] == arms["Init"][0][:6]
         assert arms["sft"][0] == arms["Init"][0]
-        steps = {arm: [point[-1] for point in points] for arm, points in arms.items()}
+        steps = {arm: [point[6] for point in points] for arm, points in arms.items()}
         assert steps == {"Init": [1], "sft": [1, 3], "rl": [0, 4]}
-        for _, value, low, high, recognition, seeds, _ in itertools.chain(*arms.values()):
+        for _, value, low, high, recognition, seeds, *_ in itertools.chain(*arms.values()):
             assert low <= value + 1e-4 and value - 1e-4 <= high and recognition == 100
             assert seeds == [[pytest.approx(value), 100]]
     assert saved(folder)["curves"]["ID"]["Init"][0][1] == pytest.approx(

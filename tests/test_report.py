@@ -1,5 +1,6 @@
 """Tables, figures and documents of an evaluation.json written by hand, and of results/*.json."""
 
+import copy
 import json
 import re
 from itertools import product
@@ -359,11 +360,37 @@ def test_frontier_by_hand(show, monkeypatch):
     assert (show.folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def with_kl(points, *kl):
+    """Points of PATHS with how far each has gone: in all seeds together and in each."""
+    return [[*point, 0, nats, [nats - 0.1, nats + 0.1]] for point, nats in zip(points, kl)]
+
+
+def test_frontier_over_kl_by_hand(show, monkeypatch):
+    """The same heights over how far each checkpoint has gone, where that is known."""
+    assert "frontier_kl.png" not in drawn(show, monkeypatch, curves=PATHS)
+    curves = copy.deepcopy(PATHS)
+    curves["ID"]["Init"] = with_kl(curves["ID"]["Init"], 0.0)
+    curves["ID"]["sft-sft.lr=2.0e-4"] = with_kl(curves["ID"]["sft-sft.lr=2.0e-4"], 0.0, 1.5)
+    (axis,) = drawn(show, monkeypatch, curves=curves)["frontier_kl.png"].axes
+    assert axis.get_xlabel() == "ID: KL to where PPO began, nats per first answer"
+    lines = [line.get_xydata().tolist() for line in axis.lines]
+    assert lines[6:12:2] == [
+        [[0, 40], [1.5, 20]],
+        [[-0.1, 41], [pytest.approx(1.4), 25]],
+        [[0.1, 39], [pytest.approx(1.6), 15]],
+    ]
+
+
 def test_gaps_by_hand(show):
     printed = show(frontier=[ABOVE])
     block = printed[printed.index("RL above the curve of SFT") :].splitlines()
     assert block[1].split() == "points at equal FLOPs at equal ID".split()
     assert block[2].split() == "rule OOD RL - SFT, lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
+    as_far = {**ABOVE, "metrics": {"equal KL": [3.0, 1.0, 5.0]}}
+    printed = show(frontier=[as_far])
+    block = printed[printed.index("RL above the curve of SFT") :].splitlines()
+    assert block[1].split()[-3:] == "at equal KL".split()
+    assert block[2].split()[-4:] == "- +3.0 [1.0, 5.0]".split()
 
 
 # ---------------------------------------------------------------- documents
