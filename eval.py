@@ -337,17 +337,17 @@ class EvaluatedRun:
         return [{**episode, "training": self.seed} for episode in episodes]
 
     def apart(self, place, scene, checkpoint, start, n, bar):
-        """How far first answers at T = 1 have gone from the checkpoint `start`: n episodes of
-        counts {"kl": (nats, answers)}, kept as cells are."""
-        bar.set_description(f"{place.arm}, KL to where it began")
+        """How far a checkpoint has gone from `start`, by first answers of that at T = 1: n episodes
+        of counts {"kl": (nats, answers)}, kept as cells are."""
+        bar.set_description(f"{place.arm}, KL from where PPO began")
         names = [*self.name_of(checkpoint), *self.name_of(start)]
         key = [*names, scene.env, place.split, "kl", n, self.cfg.eval.seed]
         means = made_by(scene.env, self.loader.settings_of(checkpoint)["model"])
         episodes = self.cells.find(key, means if self.is_whole(checkpoint) else {})
         if episodes is None:
             place = place._replace(temperature=1.0)
-            records = self.play(place, scene, checkpoint, n, verify_iters=1)
-            nats = divergences(records, self.loader.get, checkpoint, start,
+            records = self.play(place, scene, start, n, verify_iters=1)
+            nats = divergences(records, self.loader.get, start, checkpoint,
                                self.cfg.ppo.micro_tokens)
             episodes = []
             for record, pair in zip(records, nats):

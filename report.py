@@ -60,7 +60,7 @@ def draw_all(results, path):
             panels = [Panel("", results, variant) for variant in others]
             draw_frontier(panels, folder / "frontier.png")
         if others and knows_kl(results):
-            figures["Other variants against KL to where PPO began"] = folder / "frontier_kl.png"
+            figures["Other variants against KL from Init"] = folder / "frontier_kl.png"
             panels = [panel._replace(over_kl=True) for panel in panels]
             draw_frontier(panels, folder / "frontier_kl.png")
         if len(ppo_curves(results, next(iter(results.variants)))) > 1:

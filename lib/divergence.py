@@ -5,22 +5,24 @@ from lib.batching import sequences_of
 from lib.ppo import answer_logprobs
 
 
-def divergences(records, policy_at, checkpoint, start, micro_tokens):
-    """What answers sampled at T = 1 tell of KL(checkpoint || start).
+def divergences(records, policy_at, start, checkpoint, micro_tokens):
+    """What answers that the start sampled at T = 1 tell of KL(start || checkpoint).
 
     Args:
-        records: of rollout.evaluate, of answers that the checkpoint's policy sampled at T = 1.
+        records: of rollout.evaluate, of those answers.
         policy_at: function of a checkpoint that returns its policy; there may be only one, whose
             weights change.
-        checkpoint, start: paths. micro_tokens: as ppo.micro_tokens.
-    Returns: per record (sum of log pi - log start over its answers' tokens, answers). The ratio of
-        the sums is an unbiased estimate of the divergence; a single one may be below 0.
+        start, checkpoint: paths. micro_tokens: as ppo.micro_tokens.
+    Returns: per record (sum of log start - log checkpoint over its answers' tokens, answers). The
+        ratio of the sums is an unbiased estimate; a single one may be below 0.
+    Source: the direction is that of arXiv 2509.04259 (RL's Razor). All checkpoints score the same
+        answers, so that what differs between them is not the luck of sampling.
     """
     turns = list(chain(*[record["turns"] for record in records]))
     packed = sequences_of(turns, 1 + max(turn.slot for turn in turns))
-    own = answer_logprobs(policy_at(checkpoint), packed, micro_tokens, 1.0)
-    other = answer_logprobs(policy_at(start), packed, micro_tokens, 1.0)
-    gaps = iter([(here - there).sum().item() for here, there in zip(own, other)])
+    before = answer_logprobs(policy_at(start), packed, micro_tokens, 1.0)
+    now = answer_logprobs(policy_at(checkpoint), packed, micro_tokens, 1.0)
+    gaps = iter([(there - here).sum().item() for there, here in zip(before, now)])
     found = []
     for record in records:
         of_record = [next(gaps) for _ in record["turns"]]

@@ -255,7 +255,7 @@ def draw_frontier(panels, path):
         axis.set_title(panel.title if alone else f"{panel.title}: {panel.variant}".strip(": "))
         over = f"{panel.results.reports[0].name} %"
         if panel.over_kl:
-            over = "KL to where PPO began, nats per first answer"
+            over = "KL(Init || checkpoint), nats per first answer"
         axis.set_xlabel(f"{trained}: {over}")
         axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
         axis.grid(alpha=0.3)

@@ -68,7 +68,7 @@ class Point(NamedTuple):
     recognition: float
     per_seed: list = ()  # (metric, recognition) of each
     step: int | None = None  # of the training; where PPO began 0; older files lack it
-    kl: float | None = None  # to where PPO began, nats per first answer, of the first variant
+    kl: float | None = None  # from where PPO began, nats per first answer of the first variant
     kl_per_seed: list = ()
 
 

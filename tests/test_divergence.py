@@ -1,4 +1,4 @@
-"""KL to where PPO began: by hand, and against the exact one over the whole vocabulary."""
+"""KL from where PPO began: by hand, and against the exact one over the whole vocabulary."""
 
 from types import SimpleNamespace
 
@@ -21,8 +21,8 @@ def turn(slot, place):
 
 def test_log_ratios_are_summed_over_tokens_and_answers(monkeypatch):
     logprobs = {
-        "arm": [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.tensor([-3.0])],
-        "start": [torch.tensor([-1.5, -4.0]), torch.tensor([-0.25]), torch.tensor([-3.0])],
+        "start": [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.tensor([-3.0])],
+        "arm": [torch.tensor([-1.5, -4.0]), torch.tensor([-0.25]), torch.tensor([-3.0])],
     }
 
     def scored(policy, packed, micro_tokens, temperature):
@@ -32,7 +32,7 @@ def test_log_ratios_are_summed_over_tokens_and_answers(monkeypatch):
 
     monkeypatch.setattr(divergence, "answer_logprobs", scored)
     records = [{"turns": [turn(0, 0), turn(0, 1)]}, {"turns": [turn(1, 2)]}]
-    found = divergences(records, lambda checkpoint: checkpoint, "arm", "start", 512)
+    found = divergences(records, lambda checkpoint: checkpoint, "start", "arm", 512)
     assert found == [(pytest.approx(0.5 + 2.0 - 0.25), 2), (0.0, 1)]
 
 
@@ -56,19 +56,19 @@ def exact(policy, other, records):
 def test_estimate_agrees_with_the_exact_divergence(make_policy, cfg):
     """Of answers of one token, 200 of them: the mean of the log-ratios within four standard errors
     of the sum over the vocabulary. A policy is 0 from itself."""
-    arm, start = make_policy(noise=1), make_policy(noise=0)
-    for name, parameter in arm.trainable.items():
+    start, arm = make_policy(noise=1), make_policy(noise=0)
+    for name, parameter in start.trainable.items():
         if "lora_B" in name:
             parameter.data *= 4
-    arm.max_new_tokens = 1
-    records = evaluate(arm, {"name": "gp"}, 200, 3, 1, 1.0, 256)
+    start.max_new_tokens = 1
+    records = evaluate(start, {"name": "gp"}, 200, 3, 1, 1.0, 256)
     get = {"arm": arm, "start": start}.get
-    nats = torch.tensor(divergences(records, get, "arm", "start", 2048))[:, 0]
-    wanted = exact(arm, start, records)
+    nats = torch.tensor(divergences(records, get, "start", "arm", 2048))[:, 0]
+    wanted = exact(start, arm, records)
     error = nats.std().item() / len(nats) ** 0.5
     assert wanted > 10 * error  # or the test says nothing
     assert abs(nats.mean().item() - wanted) < 4 * error
-    for nat, answers in divergences(records[:20], get, "arm", "arm", 2048):
+    for nat, answers in divergences(records[:20], get, "start", "start", 2048):
         assert (nat, answers) == (0, 1)
 
 

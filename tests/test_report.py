@@ -372,7 +372,7 @@ def test_frontier_over_kl_by_hand(show, monkeypatch):
     curves["ID"]["Init"] = with_kl(curves["ID"]["Init"], 0.0)
     curves["ID"]["sft-sft.lr=2.0e-4"] = with_kl(curves["ID"]["sft-sft.lr=2.0e-4"], 0.0, 1.5)
     (axis,) = drawn(show, monkeypatch, curves=curves)["frontier_kl.png"].axes
-    assert axis.get_xlabel() == "ID: KL to where PPO began, nats per first answer"
+    assert axis.get_xlabel() == "ID: KL(Init || checkpoint), nats per first answer"
     lines = [line.get_xydata().tolist() for line in axis.lines]
     assert lines[6:12:2] == [
         [[0, 40], [1.5, 20]],
