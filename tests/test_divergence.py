@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval as evaluation
-from lib import divergence
+from lib import divergence, measures
 from lib.divergence import divergences
 from policy import token_logprobs
 from rollout import evaluate
@@ -83,21 +82,21 @@ def at(kl, share, gflops):
             counts = {"solved": (int(hand < 20 * share), 1), "recognized": (1, 1)}
             episodes.append({**place, "counts": counts})
             apart.append({**place, "counts": {"kl": (kl, 1)}})
-        found.append(evaluation.Checkpoint(gflops, episodes, 0, apart if variant == "ID" else ()))
+        found.append(measures.Checkpoint(gflops, episodes, 0, apart if variant == "ID" else ()))
     return found
 
 
 def test_ppo_above_the_curve_of_sft_where_that_has_gone_as_far():
     """SFT goes from 50 % at 0 nats to 10 % at 2, so by 40 % at 0.5 nats, where PPO has 60 %."""
     sft, ppo = [at(0.0, 0.5, 100), at(2.0, 0.1, 300)], at(0.5, 0.6, 900)
-    found = evaluation.above_curve(*zip(*sft, ppo), "solved")
+    found = measures.above_curve(*zip(*sft, ppo), "solved")
     assert found["metrics"]["equal KL"].value == pytest.approx(60 - 40)
-    further = evaluation.above_curve(*zip(*sft, at(2.5, 0.6, 900)), "solved")
+    further = measures.above_curve(*zip(*sft, at(2.5, 0.6, 900)), "solved")
     assert "equal KL" not in further["metrics"]
 
 
 def test_points_tell_nats_and_those_of_each_seed():
     known, _ = at(0.5, 0.6, 900)
-    point = evaluation.point_of(known, "solved")
+    point = measures.point_of(known, "solved")
     assert point.kl == pytest.approx(0.5) and point.kl_per_seed == [pytest.approx(0.5)]
-    assert evaluation.point_of(known._replace(apart=()), "solved").kl is None
+    assert measures.point_of(known._replace(apart=()), "solved").kl is None

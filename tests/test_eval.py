@@ -22,7 +22,7 @@ import rollout
 import sft
 import pack_runs
 import report
-from lib import bootstrap, cells, training
+from lib import bootstrap, cells, measures, training
 from lib.arms import Comparison, seen_notes
 from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
@@ -1093,7 +1093,7 @@ def at_shares(*shares, seed=0, gflops=0):
         for hand in range(20):
             counts = {"solved": (int(hand < 20 * share), 1)}
             episodes.append({"cluster": (variant, hand), "training": seed, "counts": counts})
-        found.append(evaluation.Checkpoint(gflops, episodes))
+        found.append(measures.Checkpoint(gflops, episodes))
     return found
 
 
@@ -1102,13 +1102,13 @@ def test_ppo_above_the_curve_of_sft_by_hand():
     at a quarter of its compute. PPO has 40 and 60.
     """
     sft = [at_shares(0.2, 0.5, gflops=100), at_shares(0.6, 0.1, gflops=300)]
-    found = evaluation.above_curve(*zip(*sft, at_shares(0.4, 0.6, gflops=150)), "solved")
+    found = measures.above_curve(*zip(*sft, at_shares(0.4, 0.6, gflops=150)), "solved")
     assert found["metrics"]["equal ID"].value == pytest.approx(60 - 30)
     assert found["metrics"]["equal FLOPs"].value == pytest.approx(60 - 40)
     assert found["per_seed"]["equal ID"] == pytest.approx([30])
     low, high = found["metrics"]["equal ID"][1:]
     assert -20 < low < 15 and 45 < high < 80  # 20 hands
-    further = evaluation.above_curve(*zip(*sft, at_shares(0.7, 0.6, gflops=301)), "solved")
+    further = measures.above_curve(*zip(*sft, at_shares(0.7, 0.6, gflops=301)), "solved")
     assert further == {"metrics": {}, "per_seed": {}}
 
 
@@ -1120,8 +1120,8 @@ def test_paired_difference_of_identical_arms_is_exactly_zero():
 
     one, two = cell([1, 1, 0, 1] * 25), cell([1, 1, 1, 1] + [1, 1, 0, 1] * 24)  # one hand more
     arms = {"a": one, "b": one, "c": two}
-    cells = {evaluation.Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
-    same, other = evaluation.differences(cells, [("a", "b"), ("c", "a")])
+    cells = {measures.Place("all", "ID", arm, 0.2): episodes for arm, episodes in arms.items()}
+    same, other = measures.differences(cells, [("a", "b"), ("c", "a")])
     assert same["metrics"] == {"first": (0, 0, 0), "solved": (0, 0, 0)}
     mean, low, high = other["metrics"]["solved"]  # in points
     # the one cluster is drawn 0 to 3 or 4 times: unpaired would be +- 8
