@@ -48,7 +48,8 @@ from typing import NamedTuple
 import torch
 import yaml
 
-from lib.arms import Comparison, official_notes, seed_of, seen_notes, trained_with
+from lib.arms import (
+    Comparison, official_notes, seed_names, seed_of, seen_notes, trained_with)
 from lib.cells import Cells, made_by, versions
 from lib.divergence import divergences
 from lib.errors import UserError, run_main, within_memory
@@ -450,7 +451,7 @@ def main(arguments):
         notes.append(ONE_SEED)
     result = {
         "runs": [str(run.folder) for run in evaluation.runs],
-        "seeds": [seed.training for seed in evaluation.seeds],
+        "seeds": seed_names(evaluation.seeds),
         **provenance(),
         "reports": [report._asdict() for report in evaluation.reports],
         "splits": splits, "variants": e.variants,

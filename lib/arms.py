@@ -72,6 +72,15 @@ def seed_of(checkpoint):
     return Seed(settings["run"]["seed"], settings["model"]["path"])
 
 
+def seed_names(seeds):
+    """What tells Seeds apart: their numbers, or, where one number stands for several, their models.
+    """
+    numbers = [seed.training for seed in seeds]
+    if len(set(numbers)) == len(numbers):
+        return numbers
+    return [f"{seed.training} of {os.path.basename(seed.model)}" for seed in seeds]
+
+
 def find_trainings(runs, kind, chosen=()):
     """The Trainings of a kind, "sft" or "rl", in natural order: 1, 3, 10; of those that are chosen.
     """

@@ -23,7 +23,7 @@ import sft
 import pack_runs
 import report
 from lib import bootstrap, cells, measures, training
-from lib.arms import Comparison, seen_notes
+from lib.arms import Comparison, Seed, seed_names, seen_notes
 from lib.batching import Sequence
 from lib.checks import choice, optional, text, whole
 from lib.decoding import truncated
@@ -542,6 +542,12 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
         for row, single in zip(two[kind], one[kind]):
             for metric, values in row["per_seed"].items():
                 assert values == pytest.approx(2 * [single["metrics"][metric][0]], abs=1e-4)
+
+
+def test_one_seed_on_several_models_is_told_apart_by_model():
+    seeds = [Seed(1, "mini/gp"), Seed(2, "mini/gp")]
+    assert seed_names(seeds) == [1, 2]
+    assert seed_names([*seeds, Seed(1, "runs/gp1")]) == ["1 of gp", "2 of gp", "1 of gp1"]
 
 
 def test_transcripts_hold_whole_episodes(main, toy):
