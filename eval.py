@@ -50,14 +50,14 @@ import yaml
 
 from lib.arms import (
     Comparison, official_notes, seed_names, seed_of, seen_notes, trained_with)
-from lib.cells import Cells, made_by, versions
-from lib.divergence import divergences
+from lib.cells import KL, Cells, made_by, versions
+from lib.divergence import log_ratios
 from lib.errors import UserError, run_main, within_memory
 from lib.measures import Checkpoint, Place, above_curve, differences, point_of, summarize
 from lib.progress import announce, progress_bar
 from lib.results import Nucleus, Report, temperature_name
 from lib.runs import write_atomic, writing, written_whole
-from lib.settings import MAY_CHANGE, ROOT, load, with_defaults
+from lib.settings import MAY_CHANGE, ROOT, find_model, load, with_defaults
 from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
@@ -80,6 +80,8 @@ def arm_settings(checkpoint, cfg):
         section, key = name.split(".")
         if section == "model":
             model[key] = here[key]
+    if os.path.isdir(find_model(arm["model"]["path"])):
+        model["path"] = arm["model"]["path"]  # runs that are pooled may each have their own base
     lora = SimpleNamespace(**arm["lora"]) if arm["lora"] else None
     seed = arm["run"]["seed"] if model["random_init"] else 0  # the rest the checkpoint replaces
     return {"model": SimpleNamespace(**model), "lora": lora, "seed": seed}
@@ -149,6 +151,7 @@ class EvaluatedRun:
         self.folder, self.cfg, self.loader, self.seed = folder, cfg, loader, seed
         self.cells = Cells(folder / "evaluations.jsonl")
         self.is_whole = cache(is_whole)
+        self.init_answers = {}  # {(Init, n): records of n first answers}, which KL is measured on
 
     def name_of(self, checkpoint):
         """Its path under the run, and when it was written: a key for what it has played."""
@@ -183,25 +186,34 @@ class EvaluatedRun:
                 bar.update(n)  # else it counts as they are played
         return [{**episode, "training": self.seed} for episode in episodes]
 
-    def apart(self, place, scene, checkpoint, start, n, bar):
-        """How far a checkpoint has gone from `start`, by first answers of that at T = 1: n episodes
-        of counts {"kl": (nats, answers)}, kept as cells are."""
-        bar.set_description(f"{place.arm}, KL from where PPO began")
-        names = [*self.name_of(checkpoint), *self.name_of(start)]
+    def from_init(self, place, scene, checkpoint, init, n, bar):
+        """How far a checkpoint has gone from Init, by first answers of that at T = 1: n episodes of
+        counts {"kl": (nats, answers)}, kept as cells are."""
+        bar.set_description(f"{place.arm}, KL from Init")
+        names = [*self.name_of(checkpoint), *self.name_of(init)]
         key = [*names, scene.env, place.split, "kl", n, self.cfg.eval.seed]
-        means = made_by(scene.env, self.loader.settings_of(checkpoint)["model"])
-        episodes = self.cells.find(key, means if self.is_whole(checkpoint) else {})
+        whole = self.is_whole(checkpoint) and self.is_whole(init)
+        means = made_by(scene.env, self.loader.settings_of(checkpoint)["model"], KL)
+        episodes = self.cells.find(key, means if whole else {})
         if episodes is None:
-            place = place._replace(temperature=1.0)
-            records = self.play(place, scene, start, n, verify_iters=1)
-            nats = divergences(records, self.loader.get, start, checkpoint,
-                               self.cfg.ppo.micro_tokens)
-            episodes = []
-            for record, pair in zip(records, nats):
-                episodes.append({"cluster": record["cluster"], "counts": {"kl": pair}})
+            if not whole:
+                raise UserError(f"{self.folder} was packed without its weights, and has not kept "
+                                f"the KL of {names[0]} from {names[2]}; set eval.kl=false")
+            episodes = self._measure_kl(place, scene, checkpoint, init, n)
             self.cells.add(key, means, episodes)
         bar.update(n)
         return [{**episode, "training": self.seed} for episode in episodes]
+
+    def _measure_kl(self, place, scene, checkpoint, init, n):
+        if (init, n) not in self.init_answers:
+            place = place._replace(temperature=1.0)
+            records = self.play(place, scene, init, n, verify_iters=1)
+            self.init_answers[init, n] = records
+        records, micro_tokens = self.init_answers[init, n], self.cfg.ppo.micro_tokens
+        with within_memory("scoring", self.cfg, "ppo.micro_tokens"):
+            pairs = log_ratios(records, self.loader.get, init, checkpoint, micro_tokens)
+        return [{"cluster": record["cluster"], "counts": {"kl": pair}}
+                for record, pair in zip(records, pairs)]
 
     def play(self, place, scene, checkpoint, n, bar=None, verify_iters=None):
         """Play the n episodes, whether known or not. Returns: records of `rollout.evaluate`."""
@@ -285,7 +297,7 @@ class Evaluation:
         for init in self.comparison.inits:
             points[init.name] = [init.checkpoints]
         for training in self.comparison.trainings:
-            steps = list(zip(*training.checkpoints))  # as far as all runs come
+            steps = training.common()
             wanted = min(len(steps), self.e.curve_points or len(steps))
             spread = torch.linspace(0, len(steps) - 1, wanted)
             points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
@@ -313,12 +325,12 @@ class Evaluation:
     def curve(self, variant):
         """{Init or training: its Checkpoints in order, from the Init that it began from on}."""
         curve, starts = {}, self.comparison.starts_of_trainings()
-        began = {init.name: init.checkpoints for init in self.comparison.inits}
+        inits = {init.name: init.checkpoints for init in self.comparison.inits}
         measures_kl = self.e.kl and variant == next(iter(self.e.variants))
         for name, points in self.curve_points.items():
             place = self.leading_place(name, variant)
-            start = began.get(starts.get(name, name)) if measures_kl else None
-            curve[name] = [self.checkpoint(place, paths, start) for paths in points]
+            init = inits.get(starts.get(name, name)) if measures_kl else None
+            curve[name] = [self.checkpoint(place, paths, init) for paths in points]
         for name, init in starts.items():
             if curve:
                 (start,) = curve[init]
@@ -328,16 +340,16 @@ class Evaluation:
                 curve[name] = [start, *later]
         return curve
 
-    def checkpoint(self, place, paths, start=None):
-        """The Checkpoint of all runs, whose paths these are; with how far from the paths `start`,
-        if they are given."""
-        scene, n, episodes, apart = self.scene(place), self.e.curve_n, [], []
+    def checkpoint(self, place, paths, init=None):
+        """The Checkpoint of all runs, whose paths these are; with its KL from those of Init, if
+        they are given."""
+        scene, n, episodes, from_init = self.scene(place), self.e.curve_n, [], []
         for nth, (run, path) in enumerate(zip(self.runs, paths)):
             episodes += run.cell(place, scene, path, n, self.bar)
-            if start:
-                apart += run.apart(place, scene, path, start[nth], n, self.bar)
+            if init:
+                from_init += run.from_init(place, scene, path, init[nth], n, self.bar)
         step = int(paths[0].name.partition("_")[2])
-        return Checkpoint(self.comparison.mean_gflops(paths), episodes, step, apart)
+        return Checkpoint(self.comparison.mean_gflops(paths), episodes, step, from_init)
 
     def points(self, curves):
         """{variant: {Init or training: Points}}. Args: curves: {variant: as of `curve`}."""
@@ -354,9 +366,12 @@ class Evaluation:
         (_, trained), *others = curves.items()
         sft = [name for name, points in trained.items()
                if name.startswith("sft") and len(points) > 1]
+        starts = self.comparison.starts_of_trainings()
         rows = []
         for (variant, other), arm, base in product(others, self.comparison.ppo, sft):
             both = [[*curve[base], curve[arm.name][-1]] for curve in (trained, other)]
+            if starts.get(arm.name) != starts.get(base):  # KL from two Inits cannot be compared
+                both[0] = [checkpoint._replace(from_init=()) for checkpoint in both[0]]
             found = above_curve(*both, self.reports[0].lead)
             rows.append({"variant": variant, "arm": arm.name, "base": base, **found})
         return rows

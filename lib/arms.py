@@ -34,6 +34,15 @@ class Training(NamedTuple):
     def last(self):
         return tuple(paths[-1] for paths in self.checkpoints)
 
+    def common(self):
+        """The checkpoints, one per run, of each step that all runs have."""
+        first, *others = [{path.name: path for path in paths} for paths in self.checkpoints]
+        found = []
+        for name, path in first.items():
+            if all(name in other for other in others):
+                found.append((path, *[other[name] for other in others]))
+        return found
+
     @property
     def folder(self):
         """Of the first run."""
@@ -159,11 +168,18 @@ class Comparison:
         return [(arm.name, base.name) for arm, base in found]
 
     def starts_of_trainings(self):
-        """{training: name of the Init that it began from}, where that is known."""
+        """{training: name of the Init that it began from}, where that is known: SFT's own, else the
+        one that PPO shares with it."""
         found = {arm.name: arm.starts[0].name for arm in self.ppo if arm.starts}
         names = {init.checkpoints: init.name for init in self.inits}
         for training in self.trainings:
-            start = own_start(training) if training.name in self._sft else None
+            if training.name not in self._sft:
+                continue
+            shared = [init.checkpoints for arm in self._sft[training.name].values()
+                      for init in arm.starts]
+            start = own_start(training)
+            if start not in names and len(shared) == 1:
+                (start,) = shared
             if start in names:
                 found[training.name] = names[start]
         return found

@@ -120,10 +120,10 @@ def measure(counts, clusters, seeds, statistic):
     alone = torch.eye(len(by_seed))
     each = statistic(ratios(by_seed, alone)).tolist()
     per_seed = [None if math.isnan(one) else one for one in each]
-    if math.isnan(pooled):
+    known = len(by_seed) - per_seed.count(None)
+    if math.isnan(pooled) or known == 1 < len(by_seed):  # one of several seeds tells no spread
         return Measured(None, per_seed)
     over_clusters = _known(statistic(ratios(by_cluster, draws(len(by_cluster)))))
-    known = len(by_seed) - per_seed.count(None)
     if known < 2:
         tails = over_clusters.new_tensor([0.025, 0.975])
         low, high = over_clusters.quantile(tails).tolist()

@@ -22,6 +22,7 @@ from lib.settings import ROOT, find_model
 from lib.weights import model_folder
 
 PLAYERS = ("rollout", "policy")  # the modules that, with all they import, decide what is played
+KL = (*PLAYERS, "lib.divergence")  # and those that decide how far it is from Init
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "Pillow")
 LARGE = 2**26  # bytes: larger files are known by size and time, smaller ones by what they hold
 
@@ -78,23 +79,24 @@ def changes(before, made_by):
 
 
 # ---------------------------------------------------------------- with what a cell was made
-def made_by(env, model=None):
+def made_by(env, model=None, modules=PLAYERS):
     """What decides a cell beside its key.
 
-    Args: env: settings of the environment; model: cfg.model as for the Policy, None without one.
+    Args: env: settings of the environment; model: cfg.model as for the Policy, None without one;
+        modules: whose code decides it.
     Returns: {what: text}, None for a model whose files are not here.
     """
-    means = {"code": code_digest(ROOT), "libraries": versions(), "data": data_digest(env)}
+    means = {"code": code_digest(ROOT, modules), "libraries": versions(), "data": data_digest(env)}
     if model is not None:
         means["model"] = model_digest(model)
     return means
 
 
 @cache
-def code_digest(root):
-    """Of the modules in a folder that PLAYERS are made of."""
+def code_digest(root, modules=PLAYERS):
+    """Of the modules in a folder and of all that they import there."""
     finder = ModuleFinder(path=[str(root)])
-    for name in PLAYERS:
+    for name in modules:
         finder.import_hook(name)
     digest = hashlib.sha256()
     for name, module in sorted(finder.modules.items()):

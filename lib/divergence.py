@@ -1,28 +1,30 @@
-"""How far a policy has gone from where it began: KL divergence in nats per answer."""
+"""How far a policy has gone from Init: KL(Init || policy) in nats per answer."""
 from itertools import chain
 
 from lib.batching import sequences_of
 from lib.ppo import answer_logprobs
 
 
-def divergences(records, policy_at, start, checkpoint, micro_tokens):
-    """What answers that the start sampled at T = 1 tell of KL(start || checkpoint).
+def log_ratios(records, policy_at, init, checkpoint, micro_tokens):
+    """What Init's own answers tell of KL(Init || checkpoint).
 
     Args:
-        records: of rollout.evaluate, of those answers.
+        records: of rollout.evaluate, of answers that Init sampled at T = 1.
         policy_at: function of a checkpoint that returns its policy; there may be only one, whose
             weights change.
-        start, checkpoint: paths. micro_tokens: as ppo.micro_tokens.
-    Returns: per record (sum of log start - log checkpoint over its answers' tokens, answers). The
-        ratio of the sums is an unbiased estimate; a single one may be below 0.
-    Source: the direction is that of arXiv 2509.04259 (RL's Razor). All checkpoints score the same
+        init, checkpoint: paths. micro_tokens: as ppo.micro_tokens.
+    Returns: per record (sum of log Init - log checkpoint over its answers' tokens, answers). The
+        ratio of the sums estimates the divergence: without bias in float32 where an episode has one
+        answer; a walk ends here at its first wrong answer, so that its late positions count less. A
+        single log-ratio may be below 0.
+    Source: arXiv 2509.04259 (RL's Razor), whose direction this is. All checkpoints score the same
         answers, so that what differs between them is not the luck of sampling.
     """
     turns = list(chain(*[record["turns"] for record in records]))
     packed = sequences_of(turns, 1 + max(turn.slot for turn in turns))
-    before = answer_logprobs(policy_at(start), packed, micro_tokens, 1.0)
-    now = answer_logprobs(policy_at(checkpoint), packed, micro_tokens, 1.0)
-    gaps = iter([(there - here).sum().item() for there, here in zip(before, now)])
+    of_init = answer_logprobs(policy_at(init), packed, micro_tokens, 1.0)
+    of_checkpoint = answer_logprobs(policy_at(checkpoint), packed, micro_tokens, 1.0)
+    gaps = iter([(a - b).sum().item() for a, b in zip(of_init, of_checkpoint)])
     found = []
     for record in records:
         of_record = [next(gaps) for _ in record["turns"]]

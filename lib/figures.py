@@ -220,7 +220,7 @@ def leading(results, row):
 # ---------------------------------------------------------------- the frontier
 class Panel(NamedTuple):
     """One variant's leading metric against that of the first variant, which is the trained one, or
-    against how far the model has gone from where PPO began."""
+    against how far the model has gone from Init."""
     title: str
     results: SimpleNamespace
     variant: str
@@ -272,13 +272,15 @@ def draw_path(axis, x, y, **look):
 
 def across(points, panel):
     """What a Panel draws Points over."""
-    return [point.kl if panel.over_kl else point.value for point in points]
+    if panel.over_kl:
+        return [point.kl and point.kl[0].value for point in points]
+    return [point.value for point in points]
 
 
 def across_of_seeds(points, panel):
     """The same of each seed."""
     if panel.over_kl:
-        return zip(*[point.kl_per_seed for point in points])
+        return zip(*[point.kl[1] for point in points if point.kl])
     return paths_of_seeds(points)
 
 

@@ -31,12 +31,17 @@ def columns(episodes, categories=()):
     return found
 
 
-def in_percent(counts, episodes, statistic):
-    """The Measured of counts (n, K, 2) of n episodes, in % or points."""
+def measured_over(counts, episodes, statistic):
+    """The Measured of counts (n, K, 2) of n episodes, in the unit of right / of."""
     clusters = [episode["cluster"] for episode in episodes]
     seeds = [episode["training"] for episode in episodes]
+    return measure(counts, clusters, seeds, statistic)
+
+
+def in_percent(counts, episodes, statistic):
+    """The same in % or points."""
     percent = counts * torch.tensor([100, 1])  # (right, of): a right one counts 100
-    return measure(percent, clusters, seeds, statistic)
+    return measured_over(percent, episodes, statistic)
 
 
 def stacked(cells, metric):
@@ -115,7 +120,7 @@ class Checkpoint(NamedTuple):
     gflops: float  # mean
     episodes: list
     step: int = 0  # of the training; where PPO began 0
-    apart: list = ()  # with eval.kl, in the trained variant: episodes {"kl": (nats, answers)}
+    from_init: list = ()  # with eval.kl, in the trained variant: episodes {"kl": (nats, answers)}
 
 
 def point_of(checkpoint, lead):
@@ -127,10 +132,9 @@ def point_of(checkpoint, lead):
     per_seed = list(zip(leading.per_seed, recognized.per_seed))
     point = Point(checkpoint.gflops, *leading.estimate, recognized.estimate.value, per_seed,
                   checkpoint.step)
-    if checkpoint.apart:
-        nats = stacked([columns(checkpoint.apart)], "kl") / torch.tensor([100, 1])
-        kl = in_percent(nats, checkpoint.apart, value)
-        point = point._replace(kl=kl.estimate.value, kl_per_seed=kl.per_seed)
+    if checkpoint.from_init:
+        nats = stacked([columns(checkpoint.from_init)], "kl")
+        point = point._replace(kl=measured_over(nats, checkpoint.from_init, value))
     return point
 
 
@@ -141,18 +145,21 @@ def above_curve(trained, other, metric):
         the last. All have played the same episodes of a variant in the same order.
     Returns: as `measured`, in points, of "equal FLOPs", "equal ID" and "equal KL": where the curve
         first comes to the arm's compute, to its metric in the trained variant, and as far from
-        where PPO began. One that it never comes to, or that is not known, is left out.
+        Init; "equal KL, first attempt" is of first attempts, as the KL is. One that it never comes
+        to, or that is not known, is left out.
     """
     gflops = torch.tensor([checkpoint.gflops for checkpoint in trained]).double()
     played = [checkpoint.episodes for checkpoint in trained]
-    apart = [checkpoint.apart for checkpoint in trained]
-    along = {"equal FLOPs": (played, metric, gflops), "equal ID": (played, metric, None)}
-    if all(apart):
-        along["equal KL"] = apart, "kl", None
+    from_init = [checkpoint.from_init for checkpoint in trained]
+    matched = {"equal FLOPs": (played, metric, gflops, metric),
+               "equal ID": (played, metric, None, metric)}
+    if all(from_init):
+        matched["equal KL"] = from_init, "kl", None, metric
+        matched["equal KL, first attempt"] = from_init, "kl", None, "first"
     shown = [checkpoint.episodes for checkpoint in other]
     row = {"metrics": {}, "per_seed": {}}
-    for name, (cells, x_metric, x) in along.items():
-        counts = halves(cells, x_metric, shown, metric)
+    for name, (cells, x_metric, x, y_metric) in matched.items():
+        counts = halves(cells, x_metric, shown, y_metric)
         found = in_percent(counts, cells[0] + shown[0], gap_along(x))
         if found.estimate:
             row["metrics"][name], row["per_seed"][name] = found

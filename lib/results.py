@@ -22,8 +22,8 @@
     frontier                   rows {variant, arm, base, metrics, per_seed}: how far PPO's last
                                checkpoint lies above the curve of an SFT training, in points, where
                                that comes to its compute ("equal FLOPs"), to what it reaches in
-                               the first variant ("equal ID") and, with eval.kl, as far from where
-                               they began ("equal KL")
+                               the first variant ("equal ID") and, with eval.kl, as far from Init
+                               ("equal KL", and of first attempts alone)
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
     runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
@@ -68,8 +68,7 @@ class Point(NamedTuple):
     recognition: float
     per_seed: list = ()  # (metric, recognition) of each
     step: int | None = None  # of the training; where PPO began 0; older files lack it
-    kl: float | None = None  # from where PPO began, nats per first answer of the first variant
-    kl_per_seed: list = ()
+    kl: list | None = None  # KL(Init || it), nats per first answer: [Estimate, of each seed]
 
 
 class Nucleus(NamedTuple):
@@ -99,7 +98,7 @@ def read(path):
     stored["temperatures"] = [as_temperature(one) for one in stored["temperatures"]]
     for arms in stored["curves"].values():
         for arm, points in arms.items():
-            arms[arm] = [Point(*numbers) for numbers in points]
+            arms[arm] = [as_point(numbers) for numbers in points]
     older = {"transcripts": [], "notes": [], "frontier": [], "official_gflops": {}}
     return SimpleNamespace(**{**older, **stored})
 
@@ -114,6 +113,14 @@ def as_class(stored):
         stored["metrics"][name] = Estimate(*numbers)
         stored.setdefault("per_seed", {}).setdefault(name, [])  # older files lack them
     return stored
+
+
+def as_point(stored):
+    point = Point(*stored)
+    if point.kl is None:
+        return point
+    estimate, per_seed = point.kl
+    return point._replace(kl=(Estimate(*estimate), per_seed))
 
 
 def as_temperature(stored):

@@ -10,7 +10,8 @@ from lib.results import temperature_name
 
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 GRADES = {"first": "first attempts", "retries": "retries"}
-FRONTIER = ("equal FLOPs", "equal ID", "equal KL")  # where PPO is compared with the curve of SFT
+FRONTIER = ("equal FLOPs", "equal ID")  # where PPO is compared with the curve of SFT, ...
+WITH_KL = (*FRONTIER, "equal KL", "equal KL, first attempt")  # ... with eval.kl
 
 
 class Table(NamedTuple):
@@ -199,13 +200,21 @@ def grade_tables(results):
 def gap_rows(results):
     """How far PPO lies above each SFT training's curve: rows of texts, a head first."""
     known = set(chain(*[row["metrics"] for row in results.frontier]))
-    places = [at for at in FRONTIER if at in known or at != "equal KL"]  # measured if asked for
+    places = WITH_KL if known - set(FRONTIER) else FRONTIER
     rows = [["points", "", *[f"at {at}" for at in places]]]
     for row in results.frontier:
         pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
-        cells = [signed_text(row["metrics"].get(at)) for at in places]
+        cells = [gap_text(row, at) for at in places]
         rows.append([row["variant"], pair, *cells])
     return rows
+
+
+def gap_text(row, at):
+    """A gap with its interval, and in how many seeds the curve comes so far, if not in all."""
+    text = signed_text(row["metrics"].get(at))
+    known = [one for one in row["per_seed"].get(at, []) if one is not None]
+    seeds = len(row["per_seed"].get(at, []))
+    return text if len(known) == seeds else f"{text} ({len(known)} of {seeds} seeds)"
 
 
 def gap_table(results):

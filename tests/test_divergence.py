@@ -1,4 +1,4 @@
-"""KL from where PPO began: by hand, and against the exact one over the whole vocabulary."""
+"""KL from Init: by hand, and against the exact one over the whole vocabulary."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import divergence, measures
-from lib.divergence import divergences
+from lib.divergence import log_ratios
 from policy import token_logprobs
 from rollout import evaluate
 
@@ -31,7 +31,7 @@ def test_log_ratios_are_summed_over_tokens_and_answers(monkeypatch):
 
     monkeypatch.setattr(divergence, "answer_logprobs", scored)
     records = [{"turns": [turn(0, 0), turn(0, 1)]}, {"turns": [turn(1, 2)]}]
-    found = divergences(records, lambda checkpoint: checkpoint, "start", "arm", 512)
+    found = log_ratios(records, lambda checkpoint: checkpoint, "start", "arm", 512)
     assert found == [(pytest.approx(0.5 + 2.0 - 0.25), 2), (0.0, 1)]
 
 
@@ -62,27 +62,28 @@ def test_estimate_agrees_with_the_exact_divergence(make_policy, cfg):
     start.max_new_tokens = 1
     records = evaluate(start, {"name": "gp"}, 200, 3, 1, 1.0, 256)
     get = {"arm": arm, "start": start}.get
-    nats = torch.tensor(divergences(records, get, "start", "arm", 2048))[:, 0]
+    nats = torch.tensor(log_ratios(records, get, "start", "arm", 2048))[:, 0]
     wanted = exact(start, arm, records)
     error = nats.std().item() / len(nats) ** 0.5
     assert wanted > 10 * error  # or the test says nothing
     assert abs(nats.mean().item() - wanted) < 4 * error
-    for nat, answers in divergences(records[:20], get, "start", "start", 2048):
+    for nat, answers in log_ratios(records[:20], get, "start", "start", 2048):
         assert (nat, answers) == (0, 1)
 
 
 def at(kl, share, gflops):
-    """Checkpoints in two variants: this far from where PPO began, solving this share of the other
-    variant's 20 hands."""
+    """Checkpoints in two variants: this far from Init, solving this share of 20 hands, half of them
+    at the first attempt."""
     found = []
     for variant in ("ID", "OOD"):
-        episodes, apart = [], []
+        episodes, from_init = [], []
         for hand in range(20):
             place = {"cluster": (variant, hand), "training": 0}
             counts = {"solved": (int(hand < 20 * share), 1), "recognized": (1, 1)}
+            counts["first"] = int(hand < 10 * share), 1
             episodes.append({**place, "counts": counts})
-            apart.append({**place, "counts": {"kl": (kl, 1)}})
-        found.append(measures.Checkpoint(gflops, episodes, 0, apart if variant == "ID" else ()))
+            from_init.append({**place, "counts": {"kl": (kl, 1)}})
+        found.append(measures.Checkpoint(gflops, episodes, 0, from_init if variant == "ID" else ()))
     return found
 
 
@@ -91,6 +92,7 @@ def test_ppo_above_the_curve_of_sft_where_that_has_gone_as_far():
     sft, ppo = [at(0.0, 0.5, 100), at(2.0, 0.1, 300)], at(0.5, 0.6, 900)
     found = measures.above_curve(*zip(*sft, ppo), "solved")
     assert found["metrics"]["equal KL"].value == pytest.approx(60 - 40)
+    assert found["metrics"]["equal KL, first attempt"].value == pytest.approx(30 - 20)
     further = measures.above_curve(*zip(*sft, at(2.5, 0.6, 900)), "solved")
     assert "equal KL" not in further["metrics"]
 
@@ -98,5 +100,6 @@ def test_ppo_above_the_curve_of_sft_where_that_has_gone_as_far():
 def test_points_tell_nats_and_those_of_each_seed():
     known, _ = at(0.5, 0.6, 900)
     point = measures.point_of(known, "solved")
-    assert point.kl == pytest.approx(0.5) and point.kl_per_seed == [pytest.approx(0.5)]
-    assert measures.point_of(known._replace(apart=()), "solved").kl is None
+    assert point.kl.estimate == pytest.approx((0.5, 0.5, 0.5))
+    assert point.kl.per_seed == [pytest.approx(0.5)]
+    assert measures.point_of(known._replace(from_init=()), "solved").kl is None

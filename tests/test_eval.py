@@ -515,6 +515,59 @@ def test_curve_has_as_many_points_as_asked_for(main):
     assert set(saved(folder)["frontier"][0]["metrics"]) >= {"equal FLOPs"}
 
 
+def test_kl_is_measured_from_init_once(main, monkeypatch):
+    """In the trained variant, of every point, from where its training began; kept as cells are."""
+    run, folder = main
+    asked = []
+
+    def known(records, policy_at, init, checkpoint, micro_tokens):
+        asked.append((init.parent.name, init.name, checkpoint.parent.name, checkpoint.name))
+        assert [len(record["turns"]) for record in records] != [] and policy_at(init).loaded == init
+        nats = {"step_1": 0.0, "step_3": 2.0, "step_4": 0.5}[checkpoint.name]
+        return [(nats * len(record["turns"]), len(record["turns"])) for record in records]
+
+    monkeypatch.setattr(evaluation, "log_ratios", known)
+    run("eval.kl=true")
+    from_init = [("sft", "step_1", *point) for point in
+                 [("sft", "step_1"), ("sft", "step_3"), ("rl", "step_4")]]
+    assert set(asked) == set(from_init) and len(asked) == 3  # sft/step_1 is both Init and its own
+    found = saved(folder)["curves"]
+    kl = {arm: [point[7][0][0] for point in points] for arm, points in found["ID"].items()}
+    assert kl == {"Init": [0], "sft": [0, 2], "rl": [0, 0.5]}
+    assert all(point[7] is None for points in found["long"].values() for point in points)
+    (row,) = saved(folder)["frontier"]
+    assert {"equal KL", "equal KL, first attempt"} <= set(row["metrics"])
+    run("eval.kl=true")
+    assert len(asked) == 3
+
+
+def test_kl_from_two_inits_is_not_compared(main, monkeypatch):
+    run, folder = main
+    shutil.copytree(folder / "rl", folder / "rl-ppo.init=sft_step_3")
+    settings = yaml.safe_load((folder / "rl/config.yaml").read_text())
+    settings["ppo"]["init"] = "sft/step_3"
+    (folder / "rl-ppo.init=sft_step_3/config.yaml").write_text(yaml.safe_dump(settings))
+    settings["sft"]["init_step"] = 1
+    (folder / "sft/config.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(evaluation, "log_ratios",
+                        lambda records, *_: [(0.0, len(r["turns"])) for r in records])
+    run("eval.kl=true")
+    compared = {row["arm"]: "equal KL" in row["metrics"] for row in saved(folder)["frontier"]}
+    assert compared == {"rl": True, "rl-ppo.init=sft_step_3": False}
+
+
+def test_curve_has_the_steps_that_all_runs_have(main, tmp_path):
+    run, folder = main
+    shutil.copytree(folder, tmp_path / "other")
+    for path in (tmp_path / "other").glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
+    for step in (5, 7):
+        (folder / f"rl/step_{step}").mkdir()
+    (tmp_path / "other/rl/step_7").mkdir()
+    run(f"eval.runs=[{folder}, {tmp_path / 'other'}]", "eval.temperatures=[0]")
+    assert [point[6] for point in saved(folder)["curves"]["ID"]["rl"]] == [0, 4, 7]
+
+
 def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     run, folder = main
     shutil.copytree(folder, tmp_path / "other")
@@ -769,7 +822,7 @@ def test_packed_run_gives_the_same_tables_without_weights(main, monkeypatch, tmp
     kept = json.loads((folder / "rl/metrics.jsonl").read_text())
     assert kept == {"step": 1, "seconds": 1.235, "gflops": 123456789}
     monkeypatch.setattr(evaluation, "load_state", training.load_state)
-    monkeypatch.setattr(cells, "code_digest", lambda _: "changed since")
+    monkeypatch.setattr(cells, "code_digest", lambda *_: "changed since")
     monkeypatch.setattr(evaluation, "Policy", None)
     run()
     for part in ("table", "differences", "curves", "frontier", "gflops"):
@@ -1302,11 +1355,14 @@ VIEWS = ("virl_vl.yaml", "virl_vl_mini.json", [f"virl_vl_{seed}" for seed in (1,
 WORDS = ("gp_l.yaml", "gp_l_mini.json", [f"gp_l_{seed}" for seed in (1, 2, 3, 4, 5)],
          ["eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
           "eval.arms=[sft,sft-early,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
+WITH_KL = ("gp_l.yaml", "gp_l_mini_kl.json", WORDS[2],
+           ["eval.splits={all: 100}", "eval.curve_n=100", "eval.curve_points=9", "eval.kl=true",
+            "eval.arms=[sft,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, published, names, settings", [VIEWS, WORDS],
-                         ids=["V-IRL-VL", "GP-L"])
+@pytest.mark.parametrize("config, published, names, settings", [VIEWS, WORDS, WITH_KL],
+                         ids=["V-IRL-VL", "GP-L", "GP-L, KL"])
 def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
                                                         names, settings):
     """From every episode to the tables, by the code of today, without a model."""

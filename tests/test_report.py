@@ -362,7 +362,10 @@ def test_frontier_by_hand(show, monkeypatch):
 
 def with_kl(points, *kl):
     """Points of PATHS with how far each has gone: in all seeds together and in each."""
-    return [[*point, 0, nats, [nats - 0.1, nats + 0.1]] for point, nats in zip(points, kl)]
+    found = []
+    for point, nats in zip(points, kl):
+        found.append([*point, 0, [[nats, nats - 0.1, nats + 0.1], [nats - 0.1, nats + 0.1]]])
+    return found
 
 
 def test_frontier_over_kl_by_hand(show, monkeypatch):
@@ -389,8 +392,13 @@ def test_gaps_by_hand(show):
     as_far = {**ABOVE, "metrics": {"equal KL": [3.0, 1.0, 5.0]}}
     printed = show(frontier=[as_far])
     block = printed[printed.index("RL above the curve of SFT") :].splitlines()
-    assert block[1].split()[-3:] == "at equal KL".split()
-    assert block[2].split()[-4:] == "- +3.0 [1.0, 5.0]".split()
+    assert block[1].split()[-8:] == "at equal KL at equal KL, first attempt".split()
+    assert block[2].split()[-5:] == "- +3.0 [1.0, 5.0] -".split()
+
+
+def test_gap_tells_in_how_many_seeds_the_curve_comes_so_far(show):
+    printed = show(frontier=[{**ABOVE, "per_seed": {"equal ID": [4, None]}}])
+    assert "+4.2 [-1.1, 9.5] (1 of 2 seeds)" in printed
 
 
 # ---------------------------------------------------------------- documents

@@ -914,7 +914,7 @@ def test_evaluation_of_pictures_shows_recognition_beside_success(seeing):
     assert "visual OOD" in printed and "rl - sft" in printed
     for curves in report["curves"].values():
         for points in curves.values():
-            assert all(len(point) == 7 and len(point[5]) == 1 for point in points)  # seeds
+            assert all(len(point[5]) == 1 for point in points)  # seeds
     assert (folder / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
