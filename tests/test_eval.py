@@ -1358,11 +1358,16 @@ WORDS = ("gp_l.yaml", "gp_l_mini.json", [f"gp_l_{seed}" for seed in (1, 2, 3, 4,
 WITH_KL = ("gp_l.yaml", "gp_l_mini_kl.json", WORDS[2],
            ["eval.splits={all: 100}", "eval.curve_n=100", "eval.curve_points=9", "eval.kl=true",
             "eval.arms=[sft,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
+BACKBONES = ("gp_l.yaml", "gp_l_mini_backbones.json", [f"gp_l_backbone_{n}" for n in (0, 1, 2)],
+             ["eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"])
+MORE = ("gp_l.yaml", "gp_l_mini_base_4.2m.json", ["gp_l_base_4.2m"],
+        ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, published, names, settings", [VIEWS, WORDS, WITH_KL],
-                         ids=["V-IRL-VL", "GP-L", "GP-L, KL"])
+@pytest.mark.parametrize("config, published, names, settings",
+                         [VIEWS, WORDS, WITH_KL, BACKBONES, MORE],
+                         ids=["V-IRL-VL", "GP-L", "GP-L, KL", "backbones", "4.2 M tokens"])
 def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
                                                         names, settings):
     """From every episode to the tables, by the code of today, without a model."""
