@@ -1362,12 +1362,14 @@ BACKBONES = ("gp_l.yaml", "gp_l_mini_backbones.json", [f"gp_l_backbone_{n}" for 
              ["eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"])
 MORE = ("gp_l.yaml", "gp_l_mini_base_4.2m.json", ["gp_l_base_4.2m"],
         ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"])
+QUESTION = ("gp_l.yaml", "questions_kl_mini.json", [f"questions_{seed}" for seed in (1, 2, 3)],
+            ["eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config, published, names, settings",
-                         [VIEWS, WORDS, WITH_KL, BACKBONES, MORE],
-                         ids=["V-IRL-VL", "GP-L", "GP-L, KL", "backbones", "4.2 M tokens"])
+                         [VIEWS, WORDS, WITH_KL, BACKBONES, MORE, QUESTION],
+                         ids=["V-IRL-VL", "GP-L", "GP-L, KL", "backbones", "4.2 M tokens", "kl"])
 def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
                                                         names, settings):
     """From every episode to the tables, by the code of today, without a model."""
