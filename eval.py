@@ -205,6 +205,7 @@ class EvaluatedRun:
         return [{**episode, "training": self.seed} for episode in episodes]
 
     def _measure_kl(self, place, scene, checkpoint, init, n):
+        """The episodes of `from_init`; Init answers once for all checkpoints."""
         if (init, n) not in self.init_answers:
             place = place._replace(temperature=1.0)
             records = self.play(place, scene, init, n, verify_iters=1)

@@ -236,13 +236,17 @@ def knows_kl(results):
 
 def draw_frontier(panels, path):
     """A line per training through its checkpoints, from Init, a star: thick for all seeds together,
-    thin for each. The last checkpoint is the largest."""
+    thin for each. The last checkpoint is the largest. Panels of one measure share their height."""
     figure = Figure(figsize=(4.5 * len(panels), 4.2))
     titles = [panel.title for panel in panels]
-    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    heights = {(panel.variant, panel.results.reports[0].name) for panel in panels}
+    axes = figure.subplots(1, len(panels), sharey=len(heights) == 1, squeeze=False)[0]
+    for axis, panel in zip(axes, panels):
         trained = next(iter(panel.results.variants))
         looks = {kind: cycle(styles) for kind, styles in STYLES.items()}
         for arm, points in panel.results.curves[trained].items():
+            if panel.over_kl and points[0].kl is None:  # it is not known where it began
+                continue
             kind = re.match(r"[^-@ ]*", arm)[0]
             thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
             thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
@@ -273,14 +277,14 @@ def draw_path(axis, x, y, **look):
 def across(points, panel):
     """What a Panel draws Points over."""
     if panel.over_kl:
-        return [point.kl and point.kl[0].value for point in points]
+        return [point.kl[0].value for point in points]
     return [point.value for point in points]
 
 
 def across_of_seeds(points, panel):
     """The same of each seed."""
     if panel.over_kl:
-        return zip(*[point.kl[1] for point in points if point.kl])
+        return zip(*[point.kl[1] for point in points])
     return paths_of_seeds(points)
 
 

@@ -373,11 +373,13 @@ def test_frontier_over_kl_by_hand(show, monkeypatch):
     assert "frontier_kl.png" not in drawn(show, monkeypatch, curves=PATHS)
     curves = copy.deepcopy(PATHS)
     curves["ID"]["Init"] = with_kl(curves["ID"]["Init"], 0.0)
+    curves["ID"]["rl"] = curves["ID"]["sft-sft.lr=2.0e-4"]  # of which it is not known
+    curves["rule OOD"]["rl"] = curves["rule OOD"]["sft-sft.lr=2.0e-4"]
     curves["ID"]["sft-sft.lr=2.0e-4"] = with_kl(curves["ID"]["sft-sft.lr=2.0e-4"], 0.0, 1.5)
     (axis,) = drawn(show, monkeypatch, curves=curves)["frontier_kl.png"].axes
     assert axis.get_xlabel() == "ID: KL(Init || checkpoint), nats per first answer"
     lines = [line.get_xydata().tolist() for line in axis.lines]
-    assert lines[6:12:2] == [
+    assert len(lines) == 12 and lines[6::2] == [
         [[0, 40], [1.5, 20]],
         [[-0.1, 41], [pytest.approx(1.4), 25]],
         [[0.1, 39], [pytest.approx(1.6), 15]],
