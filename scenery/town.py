@@ -4,7 +4,7 @@ Metres, x east, y north. Nothing here depends on the city but the colours and ma
 """
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, cos, floor, hypot, inf, radians, sin, sqrt
+from math import ceil, cos, dist, floor, hypot, inf, radians, sin, sqrt
 from random import Random
 from typing import NamedTuple
 
@@ -40,10 +40,9 @@ class Outline:
 
     def __init__(self, points):
         self.points = points
-        x = sum(p[0] for p in points) / len(points)
-        y = sum(p[1] for p in points) / len(points)
-        self.centre = (x, y)
-        self.radius = max(hypot(px - x, py - y) for px, py in points)
+        xs, ys = zip(*points)
+        self.centre = (sum(xs) / len(xs), sum(ys) / len(ys))
+        self.radius = max([dist(point, self.centre) for point in points])
 
     def away(self, x, y):
         """Metres from a place to the centre."""
@@ -81,6 +80,12 @@ class Road:
         """Unit vector along the road, away from the end at a node."""
         return self.u if node == self.start else (-self.u[0], -self.u[1])
 
+    def _comes_near(self, low, high, block):
+        """Whether the disc of a block touches the band low <= s <= high beside the road."""
+        t, s = self.frame(block.centre)
+        reach = block.radius + 1e-6  # of what only just touches, rounding decides nothing
+        return low - reach <= s <= high + reach and -reach <= t <= self.length + reach
+
     def _taken(self, low, high, block):
         """(from, to) in t where a block touches the band low <= s <= high, or None."""
         corners = [self.frame(point) for point in block.points]
@@ -96,7 +101,8 @@ class Road:
         """[(from, to)] in t where no block touches the band from `near` to `far` metres on the
         road's left (side 1) or right (-1). A block is the convex hull of an Outline's points."""
         low, high = sorted((side * near, side * far))
-        stretches = [self._taken(low, high, block) for block in blocks]
+        close = [block for block in blocks if self._comes_near(low, high, block)]
+        stretches = [self._taken(low, high, block) for block in close]
         taken = [stretch for stretch in stretches if stretch]
         start, clear = 0, []
         for a, b in sorted([*taken, (self.length, inf)]):
