@@ -4,6 +4,7 @@
     python findings.py configs/mini 1 5 7                these
     python findings.py configs/mini --quick              one seed, short: under an hour, 2 cores
     python findings.py configs/mini --list               only prints the commands, for a scheduler
+    python findings.py configs/mini --show               runs nothing: the table of what is there
     python findings.py configs/mini --jobs 1 ppo.lr=5e-5 any key=value goes to every command
     python findings.py configs/mini/questions.yaml       another suite: what a reviewer asks
 
@@ -79,7 +80,9 @@ def finding_result(suite, number, failed):
     jobs, minutes = suite.jobs_of(number), minutes_by_job(suite.folder)
     result["unfinished"] = [f"{job}: {failed[job]}" for job in jobs if job in failed]
     result["minutes"] = round(sum(minutes.get(job, 0) for job in jobs), 1)
-    result["seeds"] = min(len(suite.seeds(name)) for name in suite.evaluations_of([number]))
+    measured_on = [len(evaluation.written["seeds"]) for evaluation in evaluations.values()]
+    planned = [len(suite.seeds(name)) for name in suite.evaluations_of([number])]
+    result["seeds"] = min(measured_on or planned)
     result["interval_over"] = SEEDS if result["seeds"] > 1 else ONE_SEED
     folder = suite.folder
     result["evaluations"] = {name: str(folder / name / "evaluation.json") for name in evaluations}
@@ -106,9 +109,8 @@ def notes_on(finding, evaluations):
 
 
 # ---------------------------------------------------------------- the command
-def show(suite, numbers, crew):
+def show(suite, numbers, failed):
     """Print the table and write findings.json, of what there is."""
-    failed = {job.name: ended for job, ended in crew.over.items() if ended}
     findings = {number: finding_result(suite, number, failed) for number in numbers}
     print(*verdict_table(findings).lines(), sep="\n", flush=True)
     path, kept = suite.folder / "findings.json", {}
@@ -146,10 +148,11 @@ def parse(arguments):
     """(options, numbers of findings, overrides)."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        usage="findings.py CONFIGS|SUITE.yaml [FINDING ...] [--quick] [--list] [--jobs N] "
-              "[key=value ...]")
+        usage="findings.py CONFIGS|SUITE.yaml [FINDING ...] [--quick] [--list] [--show] "
+              "[--jobs N] [key=value ...]")
     parser.add_argument("--quick", action="store_true", help="one seed, short runs")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--jobs", type=int, help="so many side by side; without: one per core")
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest):
@@ -177,20 +180,21 @@ def main(arguments):
         suite.folder.mkdir(parents=True, exist_ok=True)
     lock = hold(suite.folder / ".lock")
     places = options.jobs or cores()
-    print(f"findings.py: {len(jobs)} jobs, {places} side by side -> {suite.folder}",
-          file=sys.stderr)
-    crew = Crew(jobs, suite.folder, places, Board())
+    if not options.show:
+        print(f"findings.py: {len(jobs)} jobs, {places} side by side -> {suite.folder}",
+              file=sys.stderr)
+    crew = Crew([] if options.show else jobs, suite.folder, places, Board())
     try:
         crew.run()
     finally:
-        show(suite, numbers, crew)
+        failed = {job.name: ended for job, ended in crew.over.items() if ended}
+        show(suite, numbers, failed)
     write_page(suite)
     lock.close()
-    failed = [f"{job.name}: {ended}" for job, ended in crew.over.items()
-              if ended and not ended.startswith("needs ")]
-    if failed:
-        more = f" (and {len(failed) - 1} more)" if failed[1:] else ""
-        raise UserError(f"{failed[0]}{more}; the same command goes on from there")
+    told = [f"{job}: {ended}" for job, ended in failed.items() if not ended.startswith("needs ")]
+    if told:
+        more = f" (and {len(told) - 1} more)" if told[1:] else ""
+        raise UserError(f"{told[0]}{more}; the same command goes on from there")
 
 
 if __name__ == "__main__":

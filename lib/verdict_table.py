@@ -51,7 +51,8 @@ def verdict_table(findings):
 
 def rows_of_finding(number, result):
     seeds = str(result["seeds"]) if result["seeds"] > 1 else f"1 ({ONE_SEED})"
-    verdict, minutes = result["verdict"].upper(), f"{result['minutes']:.0f}"
+    verdict = result["verdict"].upper()
+    minutes = f"{result['minutes']:.0f}" if result["minutes"] else "-"  # -: run elsewhere
     rows = [(f"{number}. {result['name']}", "", "", "", verdict, seeds, minutes)]
     if "provided" in result:
         rows.append(provided_row(result["provided"]))

@@ -389,7 +389,7 @@ if script.endswith("eval.py") and "evaluations" not in keys["run.dir"]:
             differences.append({"split": split, "variant": variant, "temperature": 0.2,
                                 "arm": arm, "base": base, "metrics": metrics,
                                 "per_seed": {name: [value] for name in metrics}})
-    written = {"temperatures": [0.2], "gflops": {}, "notes": ["a note"], "table": [],
+    written = {"temperatures": [0.2], "seeds": [1], "gflops": {}, "notes": ["a note"], "table": [],
                "differences": differences}
     (folder / "evaluation.json").write_text(json.dumps(written))
 """
@@ -430,6 +430,20 @@ def test_one_table_and_its_json(fake, tmp_path, capsys):
     assert len(diary(tmp_path)) == len(commands(["1"]))
     assert "1. SFT loses the rule" in (tmp_path / "suite" / "report.html").read_text()
     assert set(fake("2")["findings"]) == {"1", "2"}  # another time: what was there stays
+
+
+def test_show_runs_nothing_and_counts_the_seeds_that_are_there(fake, tmp_path, capsys):
+    result = fake("1", "--show")["findings"]["1"]
+    assert (result["verdict"], result["evaluations"]) == ("not measured", {})
+    fake("1")
+    ran = diary(tmp_path)
+    for path in (tmp_path / "suite").glob("*/evaluation.json"):
+        written = json.loads(path.read_text())
+        path.write_text(json.dumps({**written, "seeds": [1, 2, 3]}))
+    capsys.readouterr()
+    result = fake("1", "--show")["findings"]["1"]
+    assert (result["verdict"], result["seeds"]) == ("shown", 3) and diary(tmp_path) == ran
+    assert "SHOWN" in capsys.readouterr().out
 
 
 def test_failed_child_is_told_and_the_rest_kept(fake, tmp_path, capsys):
