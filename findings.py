@@ -17,7 +17,8 @@ Written to the suite's folder: report.html, the table with all that it is read f
 (report.py writes it), and findings.json,
 
     {folder, quick, findings: {number: {name, verdict, minutes, seeds, interval_over,
-    evaluations: {name: path}, unfinished: [..], notes: [..], provided: {.., values, holds},
+    evaluations: {name: path}, measured_with: {name: {commit, machine, versions}},
+    unfinished: [..], notes: [..], provided: {.., values, holds},
     decides, beside: [{at, says, paper, estimate: [value, low, high], per_seed, verdict}]}}}
 """
 import argparse
@@ -35,6 +36,8 @@ from lib.settings import ROOT
 from lib.suite import Suite, chosen
 from lib.verdict_table import ONE_SEED, SEEDS, verdict_table
 from lib.verdicts import MISSING, Evaluation, verdict_of_all
+
+MADE_WITH = ("commit", "machine", "versions")  # of an evaluation.json
 
 
 # ---------------------------------------------------------------- what came out
@@ -86,6 +89,10 @@ def finding_result(suite, number, failed):
     result["interval_over"] = SEEDS if result["seeds"] > 1 else ONE_SEED
     folder = suite.folder
     result["evaluations"] = {name: str(folder / name / "evaluation.json") for name in evaluations}
+    result["measured_with"] = {}
+    for name, evaluation in evaluations.items():
+        told = {key: evaluation.written.get(key, "unknown") for key in MADE_WITH}
+        result["measured_with"][name] = told
     return result
 
 

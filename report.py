@@ -188,12 +188,16 @@ def find(arguments):
 
 def publish(path, target):
     """Write an evaluation.json or findings.json, rounded and without transcripts, where the
-    documents find it. What only a person writes there stays: what it is.
+    documents find it; an evaluation with how its settings and its trainings' differ from those
+    shipped. What only a person writes there stays: what it is.
     """
     kept = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
     text = path.read_text(encoding="utf-8")
     kept.update(json.loads(text, parse_float=lambda number: round(float(number), 3)))
     kept.pop("transcripts", None)
+    if "runs" in kept:
+        shipped, changed = changed_settings(settings_files(path.parent, kept["runs"]))
+        kept["settings"] = {"shipped": shipped, "changed": changed}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items()]
     write_atomic(target, "{\n" + ",\n".join(lines) + "\n}\n")
     print(f"written: {target}")

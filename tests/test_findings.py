@@ -390,6 +390,7 @@ if script.endswith("eval.py") and "evaluations" not in keys["run.dir"]:
                                 "arm": arm, "base": base, "metrics": metrics,
                                 "per_seed": {name: [value] for name in metrics}})
     written = {"temperatures": [0.2], "seeds": [1], "gflops": {}, "notes": ["a note"], "table": [],
+               "commit": "abc", "machine": "here", "versions": "1",
                "differences": differences}
     (folder / "evaluation.json").write_text(json.dumps(written))
 """
@@ -443,6 +444,7 @@ def test_show_runs_nothing_and_counts_the_seeds_that_are_there(fake, tmp_path, c
     capsys.readouterr()
     result = fake("1", "--show")["findings"]["1"]
     assert (result["verdict"], result["seeds"]) == ("shown", 3) and diary(tmp_path) == ran
+    assert result["measured_with"]["gp_l"]["commit"] == "abc"
     assert "SHOWN" in capsys.readouterr().out
 
 

@@ -6,11 +6,13 @@ import re
 from itertools import product
 
 import pytest
+import yaml
 from conftest import ROOT
 
 import report
 from lib import documents
 from lib.errors import UserError
+from lib.settings import load
 
 VARIANTS = ("ID", "rule OOD")
 # per variant, arm and temperature: first attempt, success, recognition, each with its interval
@@ -565,6 +567,17 @@ def test_published_numbers_are_rounded_and_keep_what_a_person_wrote(show):
     assert found["what"] == "by hand" and found["commit"] == "abc" and "transcripts" not in found
     assert found["gflops"] == {"Init": 1.235, "sft": 40, "rl": 50}
     assert found["table"] == evaluation()["table"]
+    assert found["settings"] == {"shipped": "", "changed": []}  # they are not there
+
+
+def test_published_numbers_name_the_settings_that_differ(show):
+    _, usual, _ = load([str(ROOT / "configs/mini/gp_l.yaml")])
+    usual["sft"]["lr"] = 0.5
+    (show.folder / "evaluation.yaml").write_text(yaml.safe_dump(usual))
+    show("--publish", str(show.folder / "x.json"))
+    row = {"key": "sft.lr", "shipped": "0.001", "here": "0.5", "names": ["evaluation"]}
+    assert json.loads((show.folder / "x.json").read_text())["settings"] == {
+        "shipped": "configs/mini/gp_l.yaml", "changed": [row]}
 
 
 def test_report_needs_no_model():
