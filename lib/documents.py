@@ -233,10 +233,13 @@ def frontier_block(fields, folder):
     """A picture of variants against the trained one, and how many episodes are behind it."""
     link = os.path.relpath(ROOT / fields["image"], folder)
     behind = {panel.title: panel.results for panel in panels_of(fields)}
-    sizes = [f"{title}: {len(results.seeds)} seeds, {results.curve_n} episodes per seed and point"
-             for title, results in behind.items()]
-    caption = (f"*{fields['title']}. Thick: all seeds, thin: each of them; the star is Init, the "
-               f"last checkpoint is large. {'; '.join(sizes)}.*")
+    sizes = []
+    for title, results in behind.items():
+        count = len(results.seeds)
+        seeds = f"{count} seeds" if count > 1 else "1 seed"
+        sizes.append(f"{title}: {seeds} of {results.curve_n} episodes a point")
+    caption = (f"*{fields['title']}. Thick: all seeds, thin: each; the star is Init, the last "
+               f"checkpoint is large. {'; '.join(sizes)}.*")
     return [f"![{fields['title']}]({link})", "", caption]
 
 

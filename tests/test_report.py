@@ -507,7 +507,7 @@ def test_frontier_blocks_by_hand(block, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(evaluation(curves=PATHS, frontier=[ABOVE])))
     lines = block("frontier\nsources: {A: x.json, B: x.json}\nimage: docs/f.png\ntitle: T\n")
     assert lines[0] == "![T](f.png)"
-    size = "2 seeds, 6 episodes per seed and point"
+    size = "2 seeds of 6 episodes a point"
     assert lines[2].endswith(f" A: {size}; B: {size}.*")
     assert block("gaps\nsource: x.json\n")[2:] == [
         "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5] |"
