@@ -18,22 +18,32 @@ from matplotlib.figure import Figure
 from lib.results import temperature_name
 from lib.tables import training_name
 
-COLORS = {"Init": "black", "sft": "#c4442a", "rl": "#2a6fb0"}
-OTHER_COLORS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
-                "tab:cyan", "tab:gray")
-STYLES = {  # of the trainings on a frontier: colours that the colour-blind tell apart, and markers
+STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, markers of a frontier
     "Init": [{"color": "black", "marker": "*", "markersize": 7, "linestyle": "none", "zorder": 4}],
     "sft": [{"color": "#c4442a", "marker": "o"}, {"color": "#e69f00", "marker": "s"},
             {"color": "#cc79a7", "marker": "D"}, {"color": "#7f3c00", "marker": "P"}],
     "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
            {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
 }
+SPARE_COLORS = ("tab:green", "tab:purple", "tab:olive", "tab:pink", "tab:cyan", "tab:gray")
+
+
+def styles_of(arms):
+    """{arm: its style, in every figure}: Init, sft and rl have the first of their kind, others the
+    next ones, or a spare colour where these are used up."""
+    others = {kind: iter(styles[1:]) for kind, styles in STYLES.items()}
+    spare, styles = cycle(SPARE_COLORS), {}
+    for arm in arms:
+        kind = re.match(r"[^-@ ]*", arm)[0]
+        first = STYLES[kind][0]
+        styles[arm] = first
+        if arm != kind:
+            styles[arm] = next(others[kind], None) or {**first, "color": next(spare)}
+    return styles
 
 
 def colors_of(arms):
-    """{arm: colour}: Init, sft and rl always have the same, others one of their own."""
-    others = cycle(OTHER_COLORS)
-    return {arm: COLORS.get(arm) or next(others) for arm in arms}
+    return {arm: style["color"] for arm, style in styles_of(arms).items()}
 
 
 def metric_label(results):
@@ -102,7 +112,7 @@ def draw_updates(results, path):
 
 def add_legend(figure, axis, arms):
     """Names of the arms: inside the axis, or above all if there are more than the usual ones."""
-    if set(arms) <= set(COLORS):
+    if set(arms) <= set(STYLES):
         axis.legend(loc="lower right", fontsize=8)
         return
     figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="lower center",
@@ -243,12 +253,11 @@ def draw_frontier(panels, path):
     axes = figure.subplots(1, len(panels), sharey=len(heights) == 1, squeeze=False)[0]
     for axis, panel in zip(axes, panels):
         trained = next(iter(panel.results.variants))
-        looks = {kind: cycle(styles) for kind, styles in STYLES.items()}
+        styles = styles_of(panel.results.curves[trained])
         for arm, points in panel.results.curves[trained].items():
             if panel.over_kl and points[0].kl is None:  # it is not known where it began
                 continue
-            kind = re.match(r"[^-@ ]*", arm)[0]
-            thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **next(looks[kind])}
+            thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **styles[arm]}
             thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
             others = panel.results.curves[panel.variant][arm]
             y = [point.value for point in others]
