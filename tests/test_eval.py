@@ -1349,41 +1349,50 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 
 
 # ---------------------------------------------------------------- what is published
-VIEWS = ("virl_vl.yaml", "virl_vl_mini.json", [f"virl_vl_{seed}" for seed in (1, 2, 3)],
-         ["eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"])
-
-WORDS = ("gp_l.yaml", "gp_l_mini.json", [f"gp_l_{seed}" for seed in (1, 2, 3, 4, 5)],
-         ["eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
-          "eval.arms=[sft,sft-early,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
-WITH_KL = ("gp_l.yaml", "gp_l_mini_kl.json", WORDS[2],
-           ["eval.splits={all: 100}", "eval.curve_n=100", "eval.curve_points=9", "eval.kl=true",
-            "eval.arms=[sft,sft-sft.init=sft_step_80-sft.lr=5e-5,rl]"])
-BACKBONES = ("gp_l.yaml", "gp_l_mini_backbones.json", [f"gp_l_backbone_{n}" for n in (0, 1, 2)],
-             ["eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"])
-MORE = ("gp_l.yaml", "gp_l_mini_base_4.2m.json", ["gp_l_base_4.2m"],
-        ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"])
-QUESTION = ("gp_l.yaml", "questions_kl_mini.json", [f"questions_{seed}" for seed in (1, 2, 3)],
-            ["eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"])
+FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
+GENTLE = "sft-sft.init=sft_step_80-sft.lr=5e-5"
+CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{GENTLE},rl]"]
+ENDS = ["eval.curve_n=0", f"eval.arms=[{GENTLE},rl]"]
+NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: true}, '
+           '"12, 11, 13": {rule: {J: 12, Q: 11, K: 13}, require_face: true}}')
+LONGER = ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"]
+PUBLISHED = {  # file of results/: task, packed runs, settings
+    "virl_vl_mini": ("virl_vl", ["virl_vl_1", "virl_vl_2", "virl_vl_3"], [
+        "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
+    "gp_l_mini": ("gp_l", FIVE, [
+        "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
+        f"eval.arms=[sft,sft-early,{GENTLE},rl]"]),
+    "gp_l_mini_kl": ("gp_l", FIVE, [
+        *CURVES, "eval.splits={all: 100}", "eval.curve_points=9", "eval.kl=true"]),
+    "gp_l_mini_rules": ("gp_l", FIVE, [*ENDS, NUMBERS]),
+    "gp_l_mini_unseen": ("gp_l", FIVE[:3], [*ENDS, "eval.splits={unseen: 200}"]),
+    "gp_l_mini_sampling": ("gp_l", FIVE[:3], [
+        *ENDS, "eval.splits={all: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]"]),
+    "gp_l_mini_backbones": ("gp_l", ["gp_l_backbone_0", "gp_l_backbone_1", "gp_l_backbone_2"], [
+        "eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"]),
+    "gp_l_mini_base_2.8m": ("gp_l", ["gp_l_base_2.8m"], LONGER),
+    "gp_l_mini_base_4.2m": ("gp_l", ["gp_l_base_4.2m"], LONGER),
+    "questions_kl_mini": ("gp_l", ["questions_1", "questions_2", "questions_3"], [
+        "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, published, names, settings",
-                         [VIEWS, WORDS, WITH_KL, BACKBONES, MORE, QUESTION],
-                         ids=["V-IRL-VL", "GP-L", "GP-L, KL", "backbones", "4.2 M tokens", "kl"])
-def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, config, published,
-                                                        names, settings):
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, published):
     """From every episode to the tables, by the code of today, without a model."""
+    task, names, settings = PUBLISHED[published]
     for name in names:
         with tarfile.open(ROOT / f"results/episodes/{name}.tar.xz") as packed:
             packed.extractall(tmp_path, filter="data")
     monkeypatch.setattr(evaluation, "made_by", lambda *_: {})  # reference policies, too, as played
     monkeypatch.setattr(evaluation, "Policy", None)
     runs = ",".join(str(tmp_path / name) for name in names)
-    evaluation.main([str(CONFIG.with_name(config)), f"run.dir={tmp_path / 'pooled'}",
+    evaluation.main([str(CONFIG.with_name(f"{task}.yaml")), f"run.dir={tmp_path / 'pooled'}",
                      f"eval.runs=[{runs}]", "eval.conversations=0", *settings])
     made = json.loads((tmp_path / "pooled/evaluation.json").read_text(),
                       parse_float=lambda number: round(float(number), 3))
-    known = json.loads((ROOT / "results" / published).read_text())
+    known = json.loads((ROOT / "results" / f"{published}.json").read_text())
     assert made["gflops"] == known["gflops"]
     for part in ("table", "differences", "frontier"):
         for ours, theirs in zip(made[part], known[part], strict=True):
