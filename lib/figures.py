@@ -25,7 +25,7 @@ STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, m
     "rl": [{"color": "#2a6fb0", "marker": "^"}, {"color": "#56b4e9", "marker": "v"},
            {"color": "#009e73", "marker": "<"}, {"color": "#332288", "marker": ">"}],
 }
-SPARE_COLORS = ("tab:green", "tab:purple", "tab:olive", "tab:pink", "tab:cyan", "tab:gray")
+SPARE_COLORS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
 
 
 def styles_of(arms):

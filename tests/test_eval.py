@@ -1349,6 +1349,7 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 
 
 # ---------------------------------------------------------------- what is published
+FINDINGS = ["findings_1", "findings_2", "findings_3"]
 FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
 GENTLE = "sft-sft.init=sft_step_80-sft.lr=5e-5"
 CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{GENTLE},rl]"]
@@ -1374,6 +1375,11 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
     "gp_l_mini_base_4.2m": ("gp_l", ["gp_l_base_4.2m"], LONGER),
     "questions_kl_mini": ("gp_l", ["questions_1", "questions_2", "questions_3"], [
         "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),
+    "viter_mini": ("gp_l", FINDINGS, ["eval.arms=[" + ",".join(
+        f"rl-ppo.verify_iters={attempts}" for attempts in (1, 3, 5, 10)) + "]"]),
+    "overfit_mini": ("gp_l", FINDINGS, [
+        "eval.arms=[rl-ppo.verify_iters=5,"
+        "rl-ppo.init=sft-sft.init=sft_step_80-sft.lr=3e-3_step_600]"]),
 }
 
 
