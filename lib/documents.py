@@ -181,7 +181,7 @@ def grades_block(fields, folder):
 
 
 def grid_block(fields, folder):
-    """Arms against variants: the first metric, the second in brackets."""
+    """Arms against variants: the first metric with half its interval, the second in brackets."""
     results = read(ROOT / fields["source"])
     first, second = fields["metrics"]
     body = []
@@ -191,7 +191,7 @@ def grid_block(fields, folder):
             place, temperature = [fields["split"], variant], results.temperatures[0]
             a = arm_value(results, [*place, first], arm, temperature)
             b = arm_value(results, [*place, second], arm, temperature)
-            cells.append(f"{a.value:.0f} ({b.value:.0f})")
+            cells.append(f"{a.value:.0f} ± {a.half_width:.0f} ({b.value:.0f})")
         body.append(cells)
     return markdown([fields["head"], *results.variants], body)
 

@@ -1373,6 +1373,8 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"]),
     "gp_l_mini_base_2.8m": ("gp_l", ["gp_l_base_2.8m"], LONGER),
     "gp_l_mini_base_4.2m": ("gp_l", ["gp_l_base_4.2m"], LONGER),
+    "gp_l_mini_no_cards": ("gp_l", ["gp_l_no_cards"], [
+        "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=8"]),
     "questions_kl_mini": ("gp_l", ["questions_1", "questions_2", "questions_3"], [
         "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),
     "viter_mini": ("gp_l", FINDINGS, ["eval.arms=[" + ",".join(

@@ -491,7 +491,7 @@ def test_grades_block_by_hand(block):
 
 def test_grid_block_by_hand(block):
     fields = "source: x.json\nsplit: all\nhead: arm\nmetrics: [solved, first]\nrows:\n  one: sft\n"
-    assert block(f"grid\n{fields}")[2:] == ["| one | 80 (70) | 80 (70) |"]
+    assert block(f"grid\n{fields}")[2:] == ["| one | 80 ± 10 (70) | 80 ± 10 (70) |"]
 
 
 def test_figure_block_says_how_much_is_behind_the_picture(block):
