@@ -1377,6 +1377,8 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=8"]),
     "questions_kl_mini": ("gp_l", ["questions_1", "questions_2", "questions_3"], [
         "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),
+    "f6_mini": ("gp_vl", [f"findings_vl_{seed}" for seed in (1, 2, 3)], [
+        "ppo.init=none", "eval.splits={all: 300}", "eval.temperatures=[0.2]", "eval.curve_n=0"]),
     "viter_mini": ("gp_l", FINDINGS, ["eval.arms=[" + ",".join(
         f"rl-ppo.verify_iters={attempts}" for attempts in (1, 3, 5, 10)) + "]"]),
     "overfit_mini": ("gp_l", FINDINGS, [
