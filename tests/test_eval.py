@@ -1351,7 +1351,7 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 # ---------------------------------------------------------------- what is published
 FINDINGS = ["findings_1", "findings_2", "findings_3"]
 FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
-GENTLE = "sft-sft.init=sft_step_80-sft.lr=5e-5"
+GENTLE, THIRD = (f"sft-sft.init=sft_step_80-sft.lr={rate}" for rate in ("5e-5", "2e-4"))
 CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{GENTLE},rl]"]
 ENDS = ["eval.curve_n=0", f"eval.arms=[{GENTLE},rl]"]
 NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: true}, '
@@ -1362,7 +1362,7 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
     "gp_l_mini": ("gp_l", FIVE, [
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
-        f"eval.arms=[sft,sft-early,{GENTLE},rl]"]),
+        f"eval.arms=[sft,sft-early,{GENTLE},{THIRD},rl]"]),
     "gp_l_mini_kl": ("gp_l", FIVE, [
         *CURVES, "eval.splits={all: 100}", "eval.curve_points=9", "eval.kl=true"]),
     "gp_l_mini_rules": ("gp_l", FIVE, [*ENDS, NUMBERS]),
