@@ -1,7 +1,6 @@
 """One arm's folder, without a model: its name, whose it is, whole checkpoints, logs, signals."""
 
 import copy
-import os
 import signal
 import subprocess
 import sys
@@ -452,11 +451,11 @@ def test_no_room_in_a_real_process(open_run, tmp_path, place, named):
 
 # ---------------------------------------------------------------- Ctrl-C and SIGTERM
 def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def sigterm():
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture

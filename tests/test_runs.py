@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -215,7 +214,7 @@ def stop_after(monkeypatch, records, times=2):
         logged.append(record)
         if len(logged) == records:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Run, "log", interrupted)
 
