@@ -2,6 +2,7 @@
 
 A `UserError` ends a script with exit code 2.
 """
+import os
 import re
 import signal
 import sys
@@ -23,17 +24,21 @@ def terminate(number, frame):
 
 def run_main(main):
     """Run a script's main(arguments): a UserError becomes one line and exit code 2, Ctrl-C 130,
-    SIGTERM 143."""
+    SIGTERM 143; where stdout is read no further (`| head`), nothing is said and it is 141."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a locale may know ASCII alone
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         with suppress(OSError):  # the disk may be full where stderr goes, too
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+        sys.exit(141)
     except KeyboardInterrupt as stop:
         at_once = "stopped; run the same command again to continue from the last checkpoint"
         print(str(stop) or at_once, file=sys.stderr)

@@ -505,3 +505,15 @@ def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(main)
     assert stop.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # still in the buffer at the end, or long flushed
+def test_output_that_nobody_reads_is_no_error(lines):
+    program = ("from lib.errors import run_main\n"
+               f"run_main(lambda arguments: [print('line') for _ in range({lines})])")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as closed:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, timeout=60,
+                              stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, "")
