@@ -1360,6 +1360,9 @@ LONGER = ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"]
 PUBLISHED = {  # file of results/: task, packed runs, settings
     "virl_vl_mini": ("virl_vl", ["virl_vl_1", "virl_vl_2", "virl_vl_3"], [
         "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
+    "virl_l_mini": ("virl_l", [f"virl_l_{seed}" for seed in range(1, 6)], [
+        "eval.splits={unseen: 200}", "eval.temperatures=[0.2]", "eval.curve_n=40",
+        "eval.curve_points=5"]),
     "gp_l_mini": ("gp_l", FIVE, [
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
         f"eval.arms=[sft,sft-early,{GENTLE},{THIRD},rl]"]),
