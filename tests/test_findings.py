@@ -380,8 +380,9 @@ def test_sentence_that_compares_nothing_is_refused(text):
 FAKE = CHILD + """
 if script.endswith("eval.py") and "evaluations" not in keys["run.dir"]:
     differences = []
-    gentle = "sft-sft.init=sft_step_80-sft.lr=5e-5"
-    for arm, base, value in [("sft", "Init", -9), (gentle, "Init", -9), ("rl", "Init", 4)]:
+    cards, walks = "sft-sft.init=sft_step_80-sft.lr=5e-5", "sft-sft.init=sft_step_35-sft.lr=2e-4"
+    for arm, base, value in [("sft", "Init", -9), (cards, "Init", -9), (walks, "Init", -9),
+                             ("rl", "Init", 4)]:
         metrics = {name: [value, value - 3, value + 3] for name in ("solved", "per_step",
                                                                     "recognized")}
         for split, variant in [("all", "rule OOD"), ("all", "ID"), ("unseen", "rule OOD"),
