@@ -31,6 +31,7 @@ from contextlib import suppress
 
 from lib.errors import UserError, run_main
 from lib.jobs import Board, Crew, cores, minutes_by_job
+from lib.results import names_one
 from lib.runs import hold, write_atomic, writing
 from lib.settings import ROOT
 from lib.suite import Suite, chosen
@@ -106,8 +107,10 @@ def notes_on(finding, evaluations):
     """What a reader of a finding must know: its evaluations' notes, and unequal compute."""
     notes = []
     for name, evaluation in evaluations.items():
+        others = set(evaluation.written["gflops"]) - {"Init", *evaluation.names.values()}
         for note in evaluation.written["notes"]:
-            if not note.startswith("one training seed"):  # said once, below the table
+            once = note.startswith("one training seed")  # said below the table
+            if not once and not names_one(note, others):
                 notes.append(f"{name}: {note}")
     for line in finding["decides"]:
         if line["at"][0] in evaluations:

@@ -26,7 +26,7 @@ import yaml
 
 from lib.errors import UserError
 from lib.figures import Panel, draw_compute, draw_frontier
-from lib.results import read, temperature_name
+from lib.results import names_one, read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT
 from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
@@ -145,12 +145,6 @@ def table_block(fields, folder):
     others = set(results.gflops) - set(arms.values())
     notes = [f"\nNote: {note}." for note in results.notes if not names_one(note, others)]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
-
-
-def names_one(note, arms):
-    """Whether a note speaks of one of some arms."""
-    words = re.findall(r"[\w=.-]+", note)
-    return not arms.isdisjoint(words)
 
 
 def seeds_block(fields, folder):

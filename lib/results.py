@@ -29,6 +29,7 @@
     commit, machine, versions  where and with what it was measured
 """
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -125,3 +126,9 @@ def as_point(stored):
 
 def as_temperature(stored):
     return Nucleus(*stored) if isinstance(stored, list) else stored
+
+
+def names_one(note, arms):
+    """Whether a note speaks of one of some arms."""
+    words = re.findall(r"[\w=.-]+", note)
+    return not arms.isdisjoint(words)
