@@ -261,23 +261,37 @@ class Comparison:
 
     def _nearest(self, training, ppo):
         """The checkpoints of an SFT training, one per run, nearest to the compute of a PPO arm."""
-        nearest = []
-        for run, paths, last in zip(self.runs, training.checkpoints, ppo.checkpoints):
+        nearest, gaps = [], []  # gaps: what those that are off have spent more, as a share
+        for paths, last in zip(training.checkpoints, ppo.checkpoints):
             budget = self.gflops(last)
             path = min(paths, key=lambda path: abs(self.gflops(path) - budget))
             nearest.append(path)
-            if abs(self.gflops(path) - budget) > EQUAL_COMPUTE * budget:
-                self._note_gap(run, path, last)
+            spent = self.gflops(path)
+            if abs(spent - budget) > EQUAL_COMPUTE * budget:
+                gaps.append(spent / budget - 1)
+        if gaps:
+            self._note_gap(nearest, ppo.checkpoints, gaps)
         return tuple(nearest)
 
-    def _note_gap(self, run, sft, ppo):
-        spent, budget = self.gflops(sft), self.gflops(ppo)
-        more = "more" if spent > budget else "less"
-        where = f" in {run}" if len(self.runs) > 1 else ""
+    def _note_gap(self, sft, ppo, gaps):
+        where = f" in {len(gaps)} of {len(sft)} runs" if len(sft) > 1 else ""
         self.notes.append(
-            f"not at equal compute{where}: {sft.relative_to(run)} has {spent:,.0f} model GFLOPs, "
-            f"{100 * abs(spent / budget - 1):.1f} % {more} than {ppo.relative_to(run)} "
-            f"({budget:,.0f})")
+            f"not at equal compute{where}: {self._names(sft)} has {self.mean_gflops(sft):,.0f} "
+            f"model GFLOPs, {_apart(gaps)} than {self._names(ppo)} ({self.mean_gflops(ppo):,.0f})")
+
+    def _names(self, checkpoints):
+        """The checkpoints of an arm, one per run, by their paths in it."""
+        paths = [str(path.relative_to(run)) for run, path in zip(self.runs, checkpoints)]
+        return ", ".join(dict.fromkeys(paths))
+
+
+def _apart(gaps):
+    """Shares in words: "8.0 % less", "8.0 to 9.5 % less", "8.0 % less to 7.0 % more"."""
+    low, high = min(gaps), max(gaps)
+    if low < 0 < high:
+        return f"{-100 * low:.1f} % less to {100 * high:.1f} % more"
+    sizes = dict.fromkeys([f"{100 * abs(gap):.1f}" for gap in sorted([low, high], key=abs)])
+    return f"{' to '.join(sizes)} % {'more' if low > 0 else 'less'}"
 
 
 def official_notes(comparison, official):

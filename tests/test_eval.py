@@ -1305,6 +1305,24 @@ def test_pooled_runs_may_have_spent_their_compute_at_other_steps(tmp_path):
     ]
 
 
+def test_one_note_says_how_far_the_compute_of_pooled_runs_is_apart(tmp_path):
+    runs = [tmp_path / name for name in ("one", "two", "three", "four")]
+    for run, last in zip(runs, (30, 60, 39, 36)):
+        compare(run, {"sft": ([1, last], 1), "rl": ([40], "sft/step_1")})
+
+    def notes(runs):
+        return Comparison(runs, "none", lambda path: 10 * int(path.name.split("_")[1])).notes
+
+    assert notes(runs[:3]) == [
+        "not at equal compute in 2 of 3 runs: sft/step_30, sft/step_60, sft/step_39 has 430 model "
+        "GFLOPs, 25.0 % less to 50.0 % more than rl/step_40 (400)"
+    ]
+    (note,) = notes([runs[0], runs[3]])
+    assert "10.0 to 25.0 % less than rl/step_40 (400)" in note
+    (note,) = notes([runs[1], runs[2]])
+    assert "in 1 of 2 runs" in note and "50.0 % more than" in note
+
+
 def test_chosen_arms_alone_are_compared_and_ppo_of_any_start_with_each_other(tmp_path):
     arms = {
         "sft": SFT, "sft-x": ([30], 1), "rl": ([40], "sft/step_1"), "rl-y": ([30], "sft/step_1"),
