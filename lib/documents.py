@@ -16,7 +16,7 @@ of each seed), grades (of the answers), grid (arms against variants), figure (ov
 frontier (a picture of sources: {title: file}, perhaps of some variants: alone, or over: kl), gaps
 (how far PPO lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds,
 `sft: FOLDER` names the training that stands for SFT, if not `sft`; in figure, frontier and gaps,
-`without: [FOLDER]` leaves trainings out.
+`without: [FOLDER]` leaves trainings out, in frontier also {title: [FOLDER]} of one source alone.
 """
 import json
 import os
@@ -200,10 +200,13 @@ def figure_block(fields, folder):
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
-def read_curves(source, fields):
-    """The results in a file, less the curves of trainings that a block leaves out."""
+def read_curves(source, fields, title=""):
+    """The results in a file, less the curves of trainings that a block leaves out, of this title if
+    it says so."""
     results = read(ROOT / source)
     left_out = fields.get("without", [])
+    if isinstance(left_out, dict):
+        left_out = left_out.get(title, [])
     for arms in results.curves.values():
         for arm in left_out:
             arms.pop(arm, None)
@@ -215,7 +218,7 @@ def panels_of(fields):
     """The Panels of a frontier block."""
     panels = []
     for title, source in fields["sources"].items():
-        results = read_curves(source, fields)
+        results = read_curves(source, fields, title)
         for variant in list(results.variants)[1:]:
             if variant in fields.get("variants", results.variants):
                 over_kl = fields.get("over") == "kl"

@@ -526,6 +526,10 @@ def test_a_block_leaves_trainings_out(block, tmp_path):
     for panel in documents.panels_of(fields):
         for arms in panel.results.curves.values():
             assert "sft-sft.lr=2.0e-4" not in arms and "Init" in arms
+    fields = {"sources": {"A": "x.json", "B": "x.json"}, "without": {"B": ["sft-sft.lr=2.0e-4"]}}
+    drawn = ["sft-sft.lr=2.0e-4" in panel.results.curves["ID"] for panel in
+             documents.panels_of(fields)]
+    assert drawn == [True, False]
     lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
     assert lines[-1] == "Note: in a: sft/step_9 has less." and "sft-x" not in str(lines)
 
