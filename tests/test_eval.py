@@ -1376,7 +1376,7 @@ NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: t
            '"12, 11, 13": {rule: {J: 12, Q: 11, K: 13}, require_face: true}}')
 LONGER = ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"]
 PUBLISHED = {  # file of results/: task, packed runs, settings
-    "virl_vl_mini": ("virl_vl", ["virl_vl_1", "virl_vl_2", "virl_vl_3"], [
+    "virl_vl_mini": ("virl_vl", [f"virl_vl_{seed}" for seed in range(1, 6)], [
         "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
     "virl_l_mini": ("virl_l", [f"virl_l_{seed}" for seed in range(1, 6)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0.2]", "eval.curve_n=40",
