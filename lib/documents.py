@@ -15,8 +15,8 @@ Blocks: headline (rule OOD of all four tasks), table (arms and paired difference
 of each seed), grades (of the answers), grid (arms against variants), figure (over compute),
 frontier (a picture of sources: {title: file}, perhaps of some variants: alone, or over: kl), gaps
 (how far PPO lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds,
-`sft: FOLDER` names the training that stands for SFT, if not `sft`; in figure, frontier and gaps,
-`without: [FOLDER]` leaves trainings out, in frontier also {title: [FOLDER]} of one source alone.
+`sft: FOLDER` names the training that stands for SFT, if not `sft`; in figure and gaps
+`without: [FOLDER]` leaves trainings out, in frontier `without: {title: [FOLDER]}` of a source.
 """
 import json
 import os
@@ -200,13 +200,9 @@ def figure_block(fields, folder):
     return [f"![{fields['title']}]({link})", "", f"*{caption}*"]
 
 
-def read_curves(source, fields, title=""):
-    """The results in a file, less the curves of trainings that a block leaves out, of this title if
-    it says so."""
+def read_curves(source, left_out):
+    """The results in a file, less the curves of trainings that a block leaves out."""
     results = read(ROOT / source)
-    left_out = fields.get("without", [])
-    if isinstance(left_out, dict):
-        left_out = left_out.get(title, [])
     for arms in results.curves.values():
         for arm in left_out:
             arms.pop(arm, None)
@@ -218,7 +214,7 @@ def panels_of(fields):
     """The Panels of a frontier block."""
     panels = []
     for title, source in fields["sources"].items():
-        results = read_curves(source, fields, title)
+        results = read_curves(source, fields.get("without", {}).get(title, []))
         for variant in list(results.variants)[1:]:
             if variant in fields.get("variants", results.variants):
                 over_kl = fields.get("over") == "kl"
@@ -242,7 +238,8 @@ def frontier_block(fields, folder):
 
 def gaps_block(fields, folder):
     """How far PPO lies above each SFT training's curve."""
-    head, *body = gap_rows(read_curves(fields["source"], fields))
+    results = read_curves(fields["source"], fields.get("without", []))
+    head, *body = gap_rows(results)
     return markdown(head, body)
 
 
@@ -287,7 +284,8 @@ def write_documents():
         for kind, written, _ in BLOCK.findall(new):
             fields = yaml.safe_load(written)
             if kind == "figure":
-                draw_compute(read_curves(fields["source"], fields), ROOT / fields["image"])
+                results = read_curves(fields["source"], fields.get("without", []))
+                draw_compute(results, ROOT / fields["image"])
             elif kind == "frontier":
                 draw_frontier(panels_of(fields), ROOT / fields["image"])
             else:

@@ -1369,9 +1369,9 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 # ---------------------------------------------------------------- what is published
 FINDINGS = ["findings_1", "findings_2", "findings_3"]
 FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
-GENTLE, THIRD = (f"sft-sft.init=sft_step_80-sft.lr={rate}" for rate in ("5e-5", "2e-4"))
-CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{GENTLE},rl]"]
-ENDS = ["eval.curve_n=0", f"eval.arms=[{GENTLE},rl]"]
+AT_5E5, AT_2E4 = (f"sft-sft.init=sft_step_80-sft.lr={rate}" for rate in ("5e-5", "2e-4"))
+CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{AT_5E5},rl]"]
+ENDS = ["eval.curve_n=0", f"eval.arms=[{AT_5E5},rl]"]
 NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: true}, '
            '"12, 11, 13": {rule: {J: 12, Q: 11, K: 13}, require_face: true}}')
 LONGER = ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"]
@@ -1388,10 +1388,10 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.splits={all: 500}", "eval.curve_n=60", "eval.curve_points=5"]),
     "gp_vl_mini_sampling": ("gp_vl", [f"gp_vl_{seed}" for seed in (1, 2, 3)], [
         "eval.splits={all: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]",
-        "eval.curve_n=0", f"eval.arms=[{THIRD},rl]"]),
+        "eval.curve_n=0", f"eval.arms=[{AT_2E4},rl]"]),
     "gp_l_mini": ("gp_l", FIVE, [
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=5",
-        f"eval.arms=[sft,sft-early,{GENTLE},{THIRD},rl]"]),
+        f"eval.arms=[sft,sft-early,{AT_5E5},{AT_2E4},rl]"]),
     "gp_l_mini_kl": ("gp_l", FIVE, [
         *CURVES, "eval.splits={all: 100}", "eval.curve_points=9", "eval.kl=true"]),
     "gp_l_mini_rules": ("gp_l", FIVE, [*ENDS, NUMBERS]),
