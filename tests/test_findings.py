@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_before_anything_runs(tmp_path, monkeypatch, argum
 
 @pytest.mark.parametrize("old, new, told", [
     ("after: gp_l/sft\n", "after: gp_l/stf\n", "no gp_l/stf .did you mean gp_l/sft"),
-    ("run: rl.py virl_vl.yaml\n", "run: lr.py virl_vl.yaml\n", "is not sft.py or rl.py"),
+    ("run: rl.py virl_vl.yaml ", "run: lr.py virl_vl.yaml ", "is not sft.py or rl.py"),
     ("says: gp_l/sft < Init", "says: gp_l/sft is better", "is not 'a > b'|none of"),
     ("at: [gp_l, all, rule OOD, solved]", "at: [gp_l, al, rule OOD, solved]", "no al"),
     ("decides:", "decide:", "unknown key decide .did you mean decides"),
@@ -381,7 +381,7 @@ FAKE = CHILD + """
 if script.endswith("eval.py") and "evaluations" not in keys["run.dir"]:
     differences = []
     tuned = ["sft-sft.init=sft_step_80-sft.lr=5e-5", "sft-sft.init=sft_step_80-sft.lr=2e-4",
-             "sft-sft.init=sft_step_35-sft.lr=2e-4"]
+             "sft-sft.init=sft_step_35-sft.lr=2e-4", "sft-sft.init=sft_step_25-sft.lr=5e-4"]
     for arm, base, value in [("rl", "Init", 4), *[(sft, "Init", -9) for sft in ["sft", *tuned]]]:
         metrics = {name: [value, value - 3, value + 3] for name in ("solved", "per_step",
                                                                     "recognized")}
