@@ -1,8 +1,8 @@
 """What an evaluation says about a finding, by the rule that findings.yaml writes down. No torch.
 
 A line of a finding: {at: [evaluation, split, variant, metric], says: "a > b", paper: a - b}. a and
-b are names of arms; b may be a number, or Init, where the arm began. The interval is that of
-evaluation.json (lib/results.py), at its first temperature.
+b are names of arms; b may be a number, or where a began: Init or, where that is not the usual Init,
+start. The interval is that of evaluation.json (lib/results.py), at its first temperature.
 """
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from lib.results import Estimate
 
 SHOWN, NOT_SHOWN, OTHER_WAY, MISSING = "shown", "not shown", "the other way", "not measured"
 PLACE = list_of(text, 4)
+BEGAN = ("Init", "start")  # in a sentence: where an arm began
 
 
 def sentence(value):
@@ -18,7 +19,12 @@ def sentence(value):
     words = text(value).split()
     if len(words) != 3:
         raise ValueError(f"{value!r} is not 'a > b' or 'a < b'")
-    choice("<", ">")(words[1])
+    left, sign, right = words
+    choice("<", ">")(sign)
+    if "/" not in left:
+        raise ValueError(f"{value!r}: {left!r} is not the name of an arm")
+    if not ("/" in right or right in BEGAN or is_number(right)):
+        raise ValueError(f"{value!r}: {right!r} is not an arm, a number, {' or '.join(BEGAN)}")
     return value
 
 
@@ -94,7 +100,8 @@ class Evaluation:
 
     def _row(self, place, left, right):
         """(row, whether it has b - a instead of a - b); the arm's own if b is a number."""
-        arm, base = self.names.get(left, left), self.names.get(right, right)
+        arm = self.names.get(left, left)
+        base = "Init" if right in BEGAN else self.names.get(right, right)
         if is_number(right):
             return self._find("table", place, arm), False
         row = self._find("differences", place, arm, base)

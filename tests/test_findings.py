@@ -339,6 +339,7 @@ def evaluation(**more):
 @pytest.mark.parametrize("says, variant, estimate, said", [
     ("g/r > Init", "rule OOD", (4, 1, 7), "shown"),
     ("g/s < Init", "rule OOD", (-9, -12, -6), "shown"),
+    ("g/q > start", "rule OOD", (2, -1, 5), "not shown"),  # not the Init of the other arms
     ("g/q > g/r", "rule OOD", (-26, -30, -22), "the other way"),
     ("g/r > g/q", "rule OOD", (26, 22, 30), "shown"),  # written the other way round
     ("g/s < 30", "ID", (50, 45, 55), "the other way"),
@@ -370,7 +371,8 @@ def test_unequal_compute_is_told():
     assert evaluation().unequal({"says": "g/s < Init"}) is None
 
 
-@pytest.mark.parametrize("text", ["a > ", "a = b", "a > b > c", 3])
+@pytest.mark.parametrize("text", ["g/a > ", "g/a = g/b", "g/a > g/b > g/c", 3, "g/a > Inti",
+                                  "Init < g/a"])
 def test_sentence_that_compares_nothing_is_refused(text):
     with pytest.raises(ValueError):
         sentence(text)
