@@ -23,16 +23,9 @@ from typing import NamedTuple
 import torch
 
 from lib.results import Estimate
+from lib.student import student_t
 
 RESAMPLES = 2000
-STUDENT = (  # 97.5 % points for 1 to 10 degrees of freedom
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def student_t(freedom):
-    """97.5 % point of Student's t; degrees of freedom (>= 1) are rounded down."""
-    whole = int(freedom)
-    return STUDENT[whole - 1] if whole <= len(STUDENT) else 1.96 + 2.6 / whole
 
 
 @cache

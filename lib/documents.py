@@ -13,10 +13,11 @@ A generated block stands between two comments. The first names the block and, as
 
 Blocks: headline (rule OOD of all four tasks), table (arms and paired differences), seeds (the same
 of each seed), grades (of the answers), grid (arms against variants), figure (over compute),
-frontier (a picture of sources: {title: file}, perhaps of some variants: alone, or over: kl), gaps
-(how far PPO lies above SFT's curve), verdicts (of a findings.json). In headline, table and seeds,
-`sft: FOLDER` names the training that stands for SFT, if not `sft`; in figure and gaps
-`without: [FOLDER]` leaves trainings out, in frontier `without: {title: [FOLDER]}` of a source.
+frontier (a picture of sources: {title: file}, perhaps of some variants: alone, or over: kl, and
+beside: {title: file}, another file with more trainings from the same Init), gaps (how far PPO lies
+above SFT's curve), verdicts (of a findings.json). In table, seeds and figure `sft: FOLDER` names
+the training that stands for SFT, if not `sft`, in headline and frontier `sft: {title: FOLDER}`; in
+figure and gaps `without: [FOLDER]` leaves trainings out, in frontier `without: {title: [FOLDER]}`.
 """
 import json
 import os
@@ -29,7 +30,8 @@ from lib.figures import Panel, draw_compute, draw_frontier
 from lib.results import names_one, read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT
-from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text
+from lib.student import seeds_for_sign
+from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text, training_names
 from lib.verdict_table import HEAD, read_verdicts
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
@@ -148,7 +150,8 @@ def table_block(fields, folder):
 
 
 def seeds_block(fields, folder):
-    """Of each arm and paired difference: all seeds together, their mean, each."""
+    """Of each arm and paired difference: all seeds together, their mean, each; where an interval
+    holds 0, how many seeds the sign would take, by the spread between these."""
     results = read(ROOT / fields["source"])
     arms = shown_arms(fields.get("sft", "sft"))
     wanted = {"temperature": results.temperatures[0]}
@@ -163,9 +166,26 @@ def seeds_block(fields, folder):
             estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
             interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
             by_seed = ["-" if one is None else f"{one:.1f}" for one in each]
-            body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed)])
+            wanted_seeds = sign_text(estimate, each) if "base" in row else ""
+            body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed),
+                         wanted_seeds])
     seeds = "seeds " + ", ".join(map(str, results.seeds))
-    return markdown(["% or points", "all together", "mean of seeds", seeds], body)
+    return markdown(["% or points", "all together", "mean of seeds", seeds, "seeds for a sign"],
+                    body)
+
+
+def sign_text(estimate, each):
+    """How many seeds the sign of an open difference would take; "" if it is not open.
+
+    Where the seeds there are would do, it is the episodes that leave it open.
+    """
+    if estimate.low > 0 or estimate.high < 0:
+        return ""
+    known = [one for one in each if one is not None]
+    seeds = seeds_for_sign(known)
+    if seeds is None:
+        return "over 1,000"
+    return str(seeds) if seeds > len(known) else "more episodes"
 
 
 def grades_block(fields, folder):
@@ -215,25 +235,48 @@ def panels_of(fields):
     panels = []
     for title, source in fields["sources"].items():
         results = read_curves(source, fields.get("without", {}).get(title, []))
+        if title in fields.get("beside", {}):
+            add_curves(results, read(ROOT / fields["beside"][title]))
+        sft = fields.get("sft", {}).get(title, "sft")
         for variant in list(results.variants)[1:]:
             if variant in fields.get("variants", results.variants):
                 over_kl = fields.get("over") == "kl"
-                panels.append(Panel(title, results, variant, over_kl))
+                panels.append(Panel(title, results, variant, over_kl, sft))
     return panels
+
+
+def add_curves(results, others):
+    """Give results the curves of trainings that they lack and others, from the same Init, have."""
+    for variant, curves in results.curves.items():
+        for arm, points in others.curves[variant].items():
+            curves.setdefault(arm, points)
 
 
 def frontier_block(fields, folder):
     """A picture of variants against the trained one, and how many episodes are behind it."""
     link = os.path.relpath(ROOT / fields["image"], folder)
-    behind = {panel.title: panel.results for panel in panels_of(fields)}
     sizes = []
-    for title, results in behind.items():
-        count = len(results.seeds)
-        seeds = f"{count} seeds" if count > 1 else "1 seed"
-        sizes.append(f"{title}: {seeds} of {results.curve_n} episodes a point")
+    for title, source in fields["sources"].items():
+        results = read(ROOT / source)
+        sizes.append(f"{title}: {size_text(results)}")
+        if title in fields.get("beside", {}):
+            others = read(ROOT / fields["beside"][title])
+            more = [name for arm, name in training_names(curves_of(others)).items()
+                    if arm not in curves_of(results)]
+            sizes[-1] += f" ({' and '.join(more)}: {size_text(others)})"
     caption = (f"*{fields['title']}. Thick: all seeds, thin: each; the star is Init, the last "
                f"checkpoint is large. {'; '.join(sizes)}.*")
     return [f"![{fields['title']}]({link})", "", caption]
+
+
+def size_text(results):
+    count = len(results.seeds)
+    return f"{count} seed{'s' * (count > 1)} of {results.curve_n} episodes a point"
+
+
+def curves_of(results):
+    """{training: Points} in the first variant."""
+    return next(iter(results.curves.values()))
 
 
 def gaps_block(fields, folder):
@@ -285,7 +328,7 @@ def write_documents():
             fields = yaml.safe_load(written)
             if kind == "figure":
                 results = read_curves(fields["source"], fields.get("without", []))
-                draw_compute(results, ROOT / fields["image"])
+                draw_compute(results, ROOT / fields["image"], fields.get("sft", "sft"))
             elif kind == "frontier":
                 draw_frontier(panels_of(fields), ROOT / fields["image"])
             else:

@@ -4,7 +4,7 @@
     draw_updates     the same of several PPO trainings over their updates (Figure 19)
     draw_bars        the arms of the table side by side (Figures 6 and 16)
     draw_growth      what each training gained out of distribution against in it (Figure 10)
-    draw_frontier    every checkpoint, out of distribution against in it
+    draw_frontier    checkpoints along each training, out of distribution against in it
 
 `results` is what lib/results.py's read returns. Figures are of the paper.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from lib.results import temperature_name
-from lib.tables import training_name
+from lib.tables import training_names
 
 STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, markers of a frontier
     "Init": [{"color": "black", "marker": "*", "markersize": 7, "linestyle": "none", "zorder": 4}],
@@ -28,22 +28,23 @@ STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, m
 SPARE_COLORS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:gray")
 
 
-def styles_of(arms):
-    """{arm: its style, in every figure}: Init, sft and rl have the first of their kind, others the
-    next ones, or a spare colour where these are used up."""
+def styles_of(arms, sft="sft"):
+    """{arm: its style, in every figure}: Init, rl and the training that stands for SFT have the
+    first of their kind, others the next ones, or a spare colour where these are used up."""
+    leads = {"Init", "rl", sft if sft in arms else "sft"}
     others = {kind: iter(styles[1:]) for kind, styles in STYLES.items()}
     spare, styles = cycle(SPARE_COLORS), {}
     for arm in arms:
         kind = re.match(r"[^-@ ]*", arm)[0]
         first = STYLES[kind][0]
         styles[arm] = first
-        if arm != kind:
+        if arm not in leads:
             styles[arm] = next(others[kind], None) or {**first, "color": next(spare)}
     return styles
 
 
-def colors_of(arms):
-    return {arm: style["color"] for arm, style in styles_of(arms).items()}
+def colors_of(arms, sft="sft"):
+    return {arm: style["color"] for arm, style in styles_of(arms, sft).items()}
 
 
 def metric_label(results):
@@ -52,8 +53,9 @@ def metric_label(results):
 
 
 # ---------------------------------------------------------------- Figures 5, 7 and 8
-def draw_compute(results, path):
+def draw_compute(results, path, sft="sft"):
     """The leading metric over model GFLOPs, a panel per variant (ID on top): Figures 5 and 7.
+    sft: the training that stands for SFT.
 
     Where there is a report on recognition, a second column: the same over recognition (Figure 8).
     """
@@ -63,11 +65,12 @@ def draw_compute(results, path):
     axes = figure.subplots(len(variants), columns, sharex="col", squeeze=False)
     everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
     most_gflops = max(point.gflops for point in everywhere)
-    colors = colors_of(results.curves[variants[0]])
+    colors = colors_of(results.curves[variants[0]], sft)
+    names = training_names(colors)
     for panels, variant in zip(axes, variants):
         panels[0].set_ylabel(f"{variant}\n{metric_label(results)}")
         for arm, points in results.curves[variant].items():
-            draw_arm(panels, arm, points, colors[arm], most_gflops)
+            draw_arm(panels, names[arm], points, colors[arm], most_gflops)
         for panel in panels:
             panel.grid(alpha=0.3)
     size = f"{results.curve_n} episodes per seed and point, seeds: {len(results.seeds)}"
@@ -94,11 +97,12 @@ def draw_updates(results, path):
     figure = Figure(figsize=(5, 2.7 * len(variants)))
     panels = figure.subplots(len(variants), 1, sharex=True, squeeze=False)[:, 0]
     colors = colors_of(ppo_curves(results, variants[0]))
+    names = training_names(colors)
     for panel, variant in zip(panels, variants):
         for arm, points in ppo_curves(results, variant).items():
             steps = [point.step for point in points]
             panel.plot(steps, [point.value for point in points], "o-", color=colors[arm],
-                       label=training_name(arm), markersize=3)
+                       label=names[arm], markersize=3)
             panel.fill_between(steps, [point.low for point in points],
                                [point.high for point in points], color=colors[arm], alpha=0.15,
                                linewidth=0)
@@ -119,15 +123,14 @@ def add_legend(figure, axis, arms):
                   bbox_to_anchor=(0.5, 1), ncols=2 if figure.get_figwidth() > 6 else 1)
 
 
-def draw_arm(panels, arm, points, color, most_gflops):
+def draw_arm(panels, name, points, color, most_gflops):
     """An arm's Points: a curve with its 95 % band over compute, then dots over recognition.
 
     The dots are the fuller the more compute was spent. Init is a star. Each seed has small dots.
     """
     gflops, value, low, high, recognition, *_ = zip(*points)
-    name = training_name(arm)
     compute, *others = panels
-    if arm.startswith("Init"):
+    if name.startswith("Init"):
         compute.plot(gflops, value, "*", color=color, label=name, markersize=12, zorder=5)
         dots = {"marker": "*", "s": 144, "zorder": 5}
     else:
@@ -161,7 +164,7 @@ def draw_bars(results, path):
         panel.set_title(variant)
         panel.set_xlabel(metric_label(results))
         panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(list(heights.values()), map(training_name, heights))
+    panels[0].set_yticks(list(heights.values()), training_names(heights).values())
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -184,11 +187,12 @@ def draw_growth(results, path):
         if row["base"].startswith("Init"):
             gains[row["arm"], row["variant"]] = leading(results, row)
     colors = colors_of(dict.fromkeys(arm for arm, _ in gains))
+    names = training_names(colors)
     figure = Figure(figsize=(4.5 * len(others), 4.2))
     panels = figure.subplots(1, len(others), squeeze=False)[0]
     for panel, variant in zip(panels, others):
         for arm, color in colors.items():
-            draw_gain(panel, gains[arm, trained], gains[arm, variant], color, training_name(arm))
+            draw_gain(panel, gains[arm, trained], gains[arm, variant], color, names[arm])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_xlabel(f"{trained}: {results.reports[0].name}, points above Init")
@@ -235,6 +239,7 @@ class Panel(NamedTuple):
     results: SimpleNamespace
     variant: str
     over_kl: bool = False
+    sft: str = "sft"  # the training that stands for SFT
 
 
 def knows_kl(results):
@@ -253,7 +258,8 @@ def draw_frontier(panels, path):
     axes = figure.subplots(1, len(panels), sharey=len(heights) == 1, squeeze=False)[0]
     for axis, panel in zip(axes, panels):
         trained = next(iter(panel.results.variants))
-        styles = styles_of(panel.results.curves[trained])
+        styles = styles_of(panel.results.curves[trained], panel.sft)
+        names = training_names(styles)
         for arm, points in panel.results.curves[trained].items():
             if panel.over_kl and points[0].kl is None:  # it is not known where it began
                 continue
@@ -261,7 +267,7 @@ def draw_frontier(panels, path):
             thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
             others = panel.results.curves[panel.variant][arm]
             y = [point.value for point in others]
-            draw_path(axis, across(points, panel), y, **thick, label=training_name(arm))
+            draw_path(axis, across(points, panel), y, **thick, label=names[arm])
             for x, y in zip(across_of_seeds(points, panel), paths_of_seeds(others)):
                 draw_path(axis, x, y, **thin)
         alone = titles.count(panel.title) == 1

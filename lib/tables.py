@@ -202,8 +202,9 @@ def gap_rows(results):
     known = set(chain(*[row["metrics"] for row in results.frontier]))
     places = WITH_KL if known - set(FRONTIER) else FRONTIER
     rows = [["points", "", *[f"at {at}" for at in places]]]
+    names = training_names(chain(*[(row["arm"], row["base"]) for row in results.frontier]))
     for row in results.frontier:
-        pair = f"{training_name(row['arm'])} - {training_name(row['base'])}"
+        pair = f"{names[row['arm']]} - {names[row['base']]}"
         cells = [gap_text(row, at) for at in places]
         rows.append([row["variant"], pair, *cells])
     return rows
@@ -235,3 +236,16 @@ def training_name(arm):
     """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4."""
     kind, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
     return ", ".join([NAMES.get(kind, kind), *settings])
+
+
+def training_names(arms):
+    """{arm: how a figure names it}: `training_name`, less where it went on from if that is not all
+    that it differs in. Beside SFT at other rates the plain one is said to have Init's, of which it
+    is the same run."""
+    names = {arm: training_name(arm) for arm in arms}
+    short = {arm: re.sub(r", init=sft_step_\d+(?=,)", "", name) for arm, name in names.items()}
+    if len(set(short.values())) == len(short):
+        names = short
+    if "sft" in names and any(name.startswith("SFT, lr=") for name in names.values()):
+        names["sft"] = "SFT, lr of Init"
+    return names

@@ -12,7 +12,11 @@ from conftest import ROOT
 import report
 from lib import documents
 from lib.errors import UserError
+from lib.figures import colors_of
+from lib.results import Estimate
 from lib.settings import load
+from lib.student import seeds_for_sign
+from lib.tables import training_names
 
 VARIANTS = ("ID", "rule OOD")
 # per variant, arm and temperature: first attempt, success, recognition, each with its interval
@@ -478,9 +482,58 @@ def test_verdicts_block_by_hand(block, tmp_path):
 
 def test_seeds_block_by_hand(block):
     lines = block("seeds\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
-    assert lines[0] == "| % or points | all together | mean of seeds | seeds 1, 2 |"
-    assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |"
-    assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |"
+    assert lines[0] == (
+        "| % or points | all together | mean of seeds | seeds 1, 2 | seeds for a sign |"
+    )
+    assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |  |"
+    assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |  |"
+
+
+@pytest.mark.parametrize("each, text", [
+    ([8.2, 4.4, -1.2], "9"), ([5.0, None, 5.2], "more episodes"), ([3.0, -3.0], "over 1,000")])
+def test_an_open_difference_says_how_many_seeds_would_do(each, text):
+    assert documents.sign_text(Estimate(3.8, -9.1, 16.7), each) == text
+    assert documents.sign_text(Estimate(3.8, 0.1, 7.5), each) == ""
+
+
+def test_seeds_for_a_sign_by_hand():
+    """Mean 3.8, standard deviation 4.73: t(7) 4.73 / sqrt(8) = 3.95 is too much, t(8) 4.73 / 3 =
+    3.64 is not. Nine."""
+    assert seeds_for_sign([8.2, 4.4, -1.2]) == seeds_for_sign([-8.2, -4.4, 1.2]) == 9
+    assert seeds_for_sign([1, 1]) == 2
+    assert seeds_for_sign([1, -1]) is seeds_for_sign([8.2, 4.4, -1.2], most=8) is None
+
+
+def test_names_in_figures_are_short_where_they_stay_distinct():
+    gentle, late = "sft-sft.init=sft_step_80-sft.lr=5e-5", "sft-sft.init=sft_step_90-sft.lr=5e-5"
+    assert training_names(["Init", "sft", gentle, "rl"]) == {
+        "Init": "Init", "sft": "SFT, lr of Init", gentle: "SFT, lr=5e-5", "rl": "RL"}
+    assert training_names([gentle, late]) == {
+        gentle: "SFT, init=sft_step_80, lr=5e-5", late: "SFT, init=sft_step_90, lr=5e-5"}
+    assert training_names(["sft", "rl-ppo.init=sft_step_320"]) == {
+        "sft": "SFT", "rl-ppo.init=sft_step_320": "RL, init=sft_step_320"}
+
+
+def test_what_stands_for_sft_has_its_colour():
+    arms = ["Init", "sft", "sft-x", "rl"]
+    red = colors_of(arms)["sft"]
+    assert colors_of(arms, "sft-x")["sft-x"] == colors_of(["sft"], "sft-x")["sft"] == red
+    assert len(set(colors_of(arms, "sft-x").values())) == 4
+
+
+def test_a_frontier_may_have_trainings_of_another_file_beside(block, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(evaluation(curves=PATHS, frontier=[ABOVE])))
+    others = {}
+    for variant, curves in PATHS.items():
+        others[variant] = {"Init": [], "rl-ppo.kl_coef=0": curves["sft-sft.lr=2.0e-4"]}
+    (tmp_path / "y.json").write_text(json.dumps(evaluation(curves=others, curve_n=7)))
+    fields = {"sources": {"A": "x.json"}, "beside": {"A": "y.json"}, "image": "f.png", "title": "T"}
+    for panel in documents.panels_of(fields):
+        for curves in panel.results.curves.values():
+            assert curves["rl-ppo.kl_coef=0"] == curves["sft-sft.lr=2.0e-4"] and curves["Init"]
+    lines = block(f"frontier {json.dumps(fields)}")
+    assert lines[2].endswith("A: 2 seeds of 6 episodes a point (RL, kl_coef=0: 2 seeds of 7 "
+                             "episodes a point).*")
 
 
 def test_grades_block_by_hand(block):
