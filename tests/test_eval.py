@@ -1368,6 +1368,7 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
 
 # ---------------------------------------------------------------- what is published
 FINDINGS = ["findings_1", "findings_2", "findings_3"]
+QUESTIONS = ["questions_1", "questions_2", "questions_3"]
 FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
 AT_5E5, AT_2E4 = (f"sft-sft.init=sft_step_80-sft.lr={rate}" for rate in ("5e-5", "2e-4"))
 CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{AT_5E5},rl]"]
@@ -1404,8 +1405,14 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
     "gp_l_mini_base_4.2m": ("gp_l", ["gp_l_base_4.2m"], LONGER),
     "gp_l_mini_no_cards": ("gp_l", ["gp_l_no_cards"], [
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=8"]),
-    "questions_kl_mini": ("gp_l", ["questions_1", "questions_2", "questions_3"], [
+    "questions_kl_mini": ("gp_l", QUESTIONS, [
         "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),
+    "questions_before_mini": ("gp_l", QUESTIONS, [
+        "eval.arms=[sft-sft.init=sft_step_40,rl-ppo.init=sft_step_40]"]),
+    "questions_after_mini": ("gp_l", QUESTIONS, [
+        "eval.arms=[sft,rl,rl-ppo.init=sft_step_320]"]),
+    "questions_dft_mini": ("gp_l", QUESTIONS, [
+        "eval.arms=[sft-sft.init=sft_step_80-sft.loss=dft,rl]"]),
     "f6_mini": ("gp_vl", [f"findings_vl_{seed}" for seed in (1, 2, 3)], [
         "ppo.init=none", "eval.splits={all: 300}", "eval.temperatures=[0.2]", "eval.curve_n=0"]),
     "viter_mini": ("gp_l", FINDINGS, ["eval.arms=[" + ",".join(
