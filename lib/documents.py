@@ -30,8 +30,8 @@ from lib.figures import Panel, draw_compute, draw_frontier
 from lib.results import names_one, read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT
-from lib.student import seeds_for_sign
-from lib.tables import NAMES, gap_rows, grade_rows, mean, signed_text, training_names
+from lib.tables import (
+    NAMES, gap_rows, grade_rows, mean, sign_text, signed_text, training_names)
 from lib.verdict_table import HEAD, read_verdicts
 
 PAIRS = (("sft", "Init"), ("rl", "Init"), ("rl", "sft"))
@@ -166,26 +166,12 @@ def seeds_block(fields, folder):
             estimate, each = row["metrics"][place[-1]], row["per_seed"][place[-1]]
             interval = f"{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}]"
             by_seed = ["-" if one is None else f"{one:.1f}" for one in each]
-            wanted_seeds = sign_text(estimate, each) if "base" in row else ""
+            wanted_for_sign = sign_text(estimate, each) if "base" in row else ""
             body.append([f"{label}: {name}", interval, f"{mean(each):.1f}", ", ".join(by_seed),
-                         wanted_seeds])
+                         wanted_for_sign])
     seeds = "seeds " + ", ".join(map(str, results.seeds))
-    return markdown(["% or points", "all together", "mean of seeds", seeds, "seeds for a sign"],
-                    body)
-
-
-def sign_text(estimate, each):
-    """How many seeds the sign of an open difference would take; "" if it is not open.
-
-    Where the seeds there are would do, it is the episodes that leave it open.
-    """
-    if estimate.low > 0 or estimate.high < 0:
-        return ""
-    known = [one for one in each if one is not None]
-    seeds = seeds_for_sign(known)
-    if seeds is None:
-        return "over 1,000"
-    return str(seeds) if seeds > len(known) else "more episodes"
+    head = ["% or points", "all together", "mean of seeds", seeds, "a sign would take"]
+    return markdown(head, body)
 
 
 def grades_block(fields, folder):

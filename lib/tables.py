@@ -7,6 +7,7 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from lib.results import temperature_name
+from lib.student import seeds_for_sign
 
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
 GRADES = {"first": "first attempts", "retries": "retries"}
@@ -211,11 +212,14 @@ def gap_rows(results):
 
 
 def gap_text(row, at):
-    """A gap with its interval, and in how many seeds the curve comes so far, if not in all."""
-    text = signed_text(row["metrics"].get(at))
-    known = [one for one in row["per_seed"].get(at, []) if one is not None]
-    seeds = len(row["per_seed"].get(at, []))
-    return text if len(known) == seeds else f"{text} ({len(known)} of {seeds} seeds)"
+    """A gap with its interval, in how many seeds the curve comes so far, if not in all, and what
+    an open sign would take."""
+    estimate, each = row["metrics"].get(at), row["per_seed"].get(at, [])
+    text, known = signed_text(estimate), [one for one in each if one is not None]
+    if len(known) < len(each):
+        text += f" ({len(known)} of {len(each)} seeds)"
+    wanted = sign_text(estimate, each)
+    return f"{text}, sign: {wanted}" if wanted else text
 
 
 def gap_table(results):
@@ -223,6 +227,18 @@ def gap_table(results):
     temperature = temperature_name(results.temperatures[0])
     size = f"{temperature}, {results.curve_n} episodes per seed and point"
     return Table(f"{title}, {size}", aligned(gap_rows(results), left=2))
+
+
+def sign_text(estimate, each):
+    """What it would take to tell the sign of an open difference, by its values `each` of the seeds;
+    "" if it is not open or not known. More episodes, where as many seeds would do as there are."""
+    known = [one for one in each if one is not None]
+    if estimate is None or estimate.low > 0 or estimate.high < 0 or len(known) < 2:
+        return ""
+    seeds = seeds_for_sign(known)
+    if seeds is None:
+        return "over 1,000 seeds"
+    return f"{seeds} seeds" if seeds > len(known) else "more episodes"
 
 
 def signed_text(estimate):

@@ -16,7 +16,7 @@ from lib.figures import colors_of
 from lib.results import Estimate
 from lib.settings import load
 from lib.student import seeds_for_sign
-from lib.tables import training_names
+from lib.tables import sign_text, training_names
 
 VARIANTS = ("ID", "rule OOD")
 # per variant, arm and temperature: first attempt, success, recognition, each with its interval
@@ -396,7 +396,8 @@ def test_gaps_by_hand(show):
     printed = show(frontier=[ABOVE])
     block = printed[printed.index("RL above the curve of SFT") :].splitlines()
     assert block[1].split() == "points at equal FLOPs at equal ID".split()
-    assert block[2].split() == "rule OOD RL - SFT, lr=2.0e-4 - +4.2 [-1.1, 9.5]".split()
+    assert block[2].split() == (
+        "rule OOD RL - SFT, lr=2.0e-4 - +4.2 [-1.1, 9.5], sign: 3 seeds".split())
     as_far = {**ABOVE, "metrics": {"equal KL": [3.0, 1.0, 5.0]}}
     printed = show(frontier=[as_far])
     block = printed[printed.index("RL above the curve of SFT") :].splitlines()
@@ -483,17 +484,18 @@ def test_verdicts_block_by_hand(block, tmp_path):
 def test_seeds_block_by_hand(block):
     lines = block("seeds\nsource: x.json\nrows:\n  won: [all, rule OOD, solved]\n")
     assert lines[0] == (
-        "| % or points | all together | mean of seeds | seeds 1, 2 | seeds for a sign |"
+        "| % or points | all together | mean of seeds | seeds 1, 2 | a sign would take |"
     )
     assert lines[2] == "| won: Init | 60.0 [50.0, 70.0] | 59.5 | 55.0, 64.0 |  |"
     assert lines[-1] == "| won: RL - SFT | -15.0 [-18.0, -10.5] | -14.5 | -16.0, -13.0 |  |"
 
 
 @pytest.mark.parametrize("each, text", [
-    ([8.2, 4.4, -1.2], "9"), ([5.0, None, 5.2], "more episodes"), ([3.0, -3.0], "over 1,000")])
-def test_an_open_difference_says_how_many_seeds_would_do(each, text):
-    assert documents.sign_text(Estimate(3.8, -9.1, 16.7), each) == text
-    assert documents.sign_text(Estimate(3.8, 0.1, 7.5), each) == ""
+    ([8.2, 4.4, -1.2], "9 seeds"), ([5.0, None, 5.2], "more episodes"),
+    ([3.0, -3.0], "over 1,000 seeds"), ([3.0, None], "")])
+def test_an_open_difference_says_what_its_sign_would_take(each, text):
+    assert sign_text(Estimate(3.8, -9.1, 16.7), each) == text
+    assert sign_text(Estimate(3.8, 0.1, 7.5), each) == ""
 
 
 def test_seeds_for_a_sign_by_hand():
@@ -563,7 +565,7 @@ def test_frontier_blocks_by_hand(block, tmp_path):
     size = "2 seeds of 6 episodes a point"
     assert lines[2].endswith(f" A: {size}; B: {size}.*")
     assert block("gaps\nsource: x.json\n")[2:] == [
-        "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5] |"
+        "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5], sign: 3 seeds |"
     ]
 
 
