@@ -141,6 +141,17 @@ def test_the_speeds_are_those_measured():
         assert f"| {label} | {gp_l} | {gp_vl} |" in page
 
 
+def test_the_ratios_to_trl_are_those_measured():
+    """docs/speed.md's second table, from results/trl_mini.json."""
+    page = (ROOT / "docs" / "speed.md").read_text()
+    cases = json.loads((ROOT / "results" / "trl_mini.json").read_text())["cases"]
+    for case in cases.values():
+        sampling, update, both = (case["ratios"][part] for part in ("sampling", "update", "all"))
+        spread = f"{min(both['rounds']):.2f} to {max(both['rounds']):.2f}"
+        assert (f"| {sampling['median']:.2f} | {update['median']:.2f} | {both['median']:.2f} "
+                f"({spread}) |") in page
+
+
 # ---------------------------------------------------------------- docs/new_environment.md's example
 @pytest.fixture
 def sorting(tmp_path, monkeypatch):

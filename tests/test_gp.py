@@ -901,9 +901,9 @@ def test_no_hand_left_is_an_error_that_says_why():
 RECIPE = yaml.safe_load((ROOT / "mini/gp.yaml").read_text())
 
 
-def hands_shown(text):
+def hands_shown(text, drawn=()):
     """Multisets of four numbers that stand together in a document: lists, formulas, and what four
-    cards count as under the rule that the text states."""
+    cards, spelt or drawn (ranks), count as under the rule that the text states."""
     shown = []
     for found in re.findall(r"(?<![\d,] )(?:\d+, )+\d+|[\d()+*/-]*\d[\d()+*/-]*", text):
         shown.append([int(number) for number in re.findall(r"\d+", found)])
@@ -911,6 +911,8 @@ def hands_shown(text):
     for found in re.findall(r'(?:"(?:[2-9AJQK]|10)", )+"(?:[2-9AJQK]|10)"', text if rule else ""):
         ranks = re.findall(r'"(\w+)"', found)
         shown.append([rule[rank] if rank in rule else int(rank) for rank in ranks])
+    if rule and drawn:
+        shown.append([rule[rank] if rank in rule else int(rank) for rank in drawn])
     return [tuple(sorted(numbers)) for numbers in shown if len(numbers) == 4]
 
 
@@ -920,19 +922,22 @@ def test_hands_shown_are_found():
     text = """'A' counts as 1, 'J' counts as 7, 'Q' counts as 12, 'K' counts as 2.
 Cards: ["A", "10", "K", "J"]<|assistant|>{"hand": ["A", "10", "K"]}"""
     assert hands_shown(text) == [(1, 2, 7, 10)]
+    assert hands_shown(text.split("Cards")[0], ["10", "J", "2", "Q"]) == [(2, 7, 10, 12)]
     assert hands_shown("12-((5*8))=6, (1+2)-3*4=") == [(1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(
     "n, image_size", [(3000, None), (200, [112, 112]),
-                      pytest.param(100_000, None, marks=pytest.mark.slow)])
+                      pytest.param(100_000, None, marks=pytest.mark.slow),
+                      pytest.param(100_000, [112, 112], marks=pytest.mark.slow)])
 def test_backbone_reads_no_unseen_hand_and_no_answer_of_the_task(n, image_size):
     """Wrong tries and corrupted lists included; and nobody repeats what was refused."""
     corpus = corpus_gp.Corpus(RECIPE["data"] | RECIPE["vision"], 1, image_size)
     hands = 0
     for _ in range(n):
         document = corpus.document()
-        shown = hands_shown(document.text.replace(gp.PICTURE, ""))
+        drawn = [gp.RANKS[index] for index in document.probe or ()]
+        shown = hands_shown(document.text.replace(gp.PICTURE, ""), drawn)
         assert not any(map(is_apart, shown)), document.text
         hands += len(shown)
         replies = re.findall(r"<\|assistant\|>(.*?)<\|end\|>", document.text, re.DOTALL)

@@ -214,7 +214,8 @@ def lines_of(document):
 
 @pytest.mark.parametrize(
     "n, image_size, routes",
-    [(1500, None, 100), (60, [224, 224], 20), pytest.param(100_000, None, 4000, marks=SLOW)])
+    [(1500, None, 100), (60, [224, 224], 20), pytest.param(100_000, None, 4000, marks=SLOW),
+     pytest.param(3000, [224, 224], 250, marks=SLOW)])
 def test_backbone_reads_no_route_of_any_split_and_no_answer_of_the_task(n, image_size, routes):
     """The first turn hangs on where a walk starts to look; the other lines are the route's."""
     kept = set()
