@@ -34,7 +34,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -56,8 +55,8 @@ from lib.errors import UserError, run_main, within_memory
 from lib.measures import Checkpoint, Place, above_curve, differences, point_of, summarize
 from lib.progress import announce, progress_bar
 from lib.results import Nucleus, Report, temperature_name
-from lib.runs import write_atomic, writing, written_whole
-from lib.settings import MAY_CHANGE, ROOT, find_model, load, with_defaults
+from lib.runs import commit, trained_at, write_atomic, writing, written_whole
+from lib.settings import MAY_CHANGE, find_model, load, with_defaults
 from lib.training import load_state
 from policy import Policy
 from rollout import evaluate, make_env, play_reference, transcript
@@ -407,6 +406,14 @@ class Evaluation:
                           "verify_iters": self.e.verify_iters, "episodes": episodes})
         return found
 
+    def trained_at(self):
+        """{training: the commits that its runs were trained at}, of those that note them."""
+        found = {}
+        for run, training in product(self.runs, self.comparison.trainings):
+            for one in trained_at(run.folder / training.name / "config.yaml"):
+                found.setdefault(training.name, {})[one] = None
+        return {name: list(commits) for name, commits in found.items()}
+
     def minutes(self):
         """{training: its minutes, mean over the runs}, of those that logged them."""
         found = Counter()
@@ -420,12 +427,8 @@ class Evaluation:
 
 def provenance():
     """{commit, machine, versions}: where and with what this is measured."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = ""
-    with suppress(OSError):  # no git here
-        commit = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"commit": commit or "unknown",
+    return {"commit": commit(),
             "machine": f"{device}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
             "versions": versions()}
 
@@ -483,6 +486,7 @@ def main(arguments):
         result["transcripts"] = evaluation.transcripts()
     conversations = evaluation.conversations(cells)
     minutes = {**evaluation.minutes(), "eval": (time.monotonic() - started) / 60}
+    result["trained_at"] = evaluation.trained_at()
     result["minutes"] = {name: round(spent, 1) for name, spent in minutes.items()}
     save_results(out, raw, conversations, result)
     for name in e.save_merged:

@@ -27,6 +27,7 @@
     transcripts                {arm, variant, episodes: [[rollout.transcript]]}, if wanted
     runs, seeds, minutes       run folders, their seeds (each once), minutes per training
     commit, machine, versions  where and with what it was measured
+    trained_at                 {training: commits of the code that trained it}
 """
 import json
 import re

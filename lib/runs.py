@@ -21,9 +21,11 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -31,7 +33,7 @@ import yaml
 from lib.checks import INF
 from lib.errors import Terminated, UserError, one_line, terminate
 from lib.progress import announce, warn_of_split
-from lib.settings import MAY_CHANGE, with_defaults
+from lib.settings import MAY_CHANGE, ROOT, with_defaults
 
 try:
     import fcntl
@@ -43,6 +45,7 @@ ARM_SECTIONS = {  # what shapes each arm
     "rl": ("env", "model", "lora", "ppo"),
 }
 LENGTHS = {"sft": "sft.steps", "rl": "ppo.updates"}  # may grow, under a constant learning rate
+TRAINED_AT = "# trained at "  # in a config.yaml: a commit of the code
 NAMELESS = (*MAY_CHANGE, *LENGTHS.values())  # name no arm
 
 
@@ -183,8 +186,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             if self.lock is None:
                 self._open()
-            settings = yaml.safe_dump(self.settings, sort_keys=False)
-            write_atomic(self.dir / "config.yaml", settings)  # those of MAY_CHANGE may be new
+            note_settings(self.dir / "config.yaml", self.settings)  # of MAY_CHANGE may be new
             for leftover in self.dir.glob(".tmp_*"):
                 shutil.rmtree(leftover)
             for name in ("metrics.jsonl", "transcripts.jsonl"):
@@ -277,6 +279,34 @@ def read_settings(path):
     if not isinstance(settings, dict):
         raise UserError(f"{path} is unreadable; choose another run.dir")
     return settings
+
+
+def note_settings(path, settings):
+    """Write a training's config.yaml, with the commits that it was trained at as comments."""
+    commits = trained_at(path)
+    if commit() not in commits:
+        commits.append(commit())
+    text = "".join(f"{TRAINED_AT}{one}\n" for one in commits)
+    write_atomic(path, text + yaml.safe_dump(settings, sort_keys=False))
+
+
+def trained_at(path):
+    """The commits that a config.yaml names, in order; [] if there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line.removeprefix(TRAINED_AT) for line in lines if line.startswith(TRAINED_AT)]
+
+
+@cache
+def commit():
+    """Of the code, as git tells it; "unknown" where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = ""
+    with suppress(OSError):
+        found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
+    return found or "unknown"
 
 
 def flat_settings(settings, prefix=""):

@@ -574,6 +574,8 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     for path in (tmp_path / "other").glob("*/config.yaml"):
         path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
     (folder / "rl" / "metrics.jsonl").write_text('{"seconds": 60}\n{"seconds": 30}\n')
+    trained = folder / "rl" / "config.yaml"
+    trained.write_text("# trained at abc1234\n" + trained.read_text())
     run()
     one = saved(folder)
     assert (one["splits"], one["temperatures"], one["curve_n"]) == ({"all": 40}, [0.2, 0], 10)
@@ -583,6 +585,7 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
         and "one training seed" in one["notes"][-1]
     )
     assert one["minutes"]["rl"] == 1.5 and set(one["minutes"]) == {"rl", "eval"}
+    assert one["trained_at"] == {"rl": ["abc1234"]}
     assert (
         "torch" in one["versions"] and one["machine"] and one["commit"] and "transcripts" not in one
     )

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from lib import errors, settings
+from lib import errors, runs, settings
 from lib.errors import Terminated, UserError
 from lib.runs import Run, arm_name, checkpoints, find_init, hold, written_whole
 from lib.settings import check, override
@@ -113,6 +113,20 @@ def test_what_does_not_shape_the_arm_may_change(open_run, script, own, other):
     changes = [f"{other}.lr=0.7", f"{own}.save_every=3"]
     changes += ["model.device=auto", "model.sample_tokens=64"]
     assert open_run(script, changes).step == 1
+
+
+def test_settings_name_the_commits_that_a_run_was_trained_at(open_run, monkeypatch):
+    run = open_run("rl")
+    path = run.dir / "config.yaml"
+    assert runs.trained_at(path) == [runs.commit()] and runs.trained_at(path / "none") == []
+    save(run, 1, True)
+    for later in ("abc1234", "abc1234-dirty", "abc1234"):
+        monkeypatch.setattr(runs, "commit", lambda name=later: name)
+        open_run("rl")
+    first, *others = runs.trained_at(path)
+    assert others == ["abc1234", "abc1234-dirty"]
+    assert path.read_text().startswith(f"# trained at {first}\n# trained at abc1234\n")
+    assert yaml.safe_load(path.read_text()).keys() == run.settings.keys()
 
 
 def test_run_that_is_older_than_a_key_continues_under_its_default(open_run, monkeypatch):

@@ -2,7 +2,6 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
@@ -16,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 import rl
-from lib.runs import write_atomic
-from lib.settings import ROOT
+from lib.runs import commit, write_atomic
 from policy import Policy
 from rollout import Play, collect, make_env
 
@@ -40,15 +38,13 @@ def write_json(path, results):
 
 def machine(device):
     """Where and with what this was measured."""
-    describe = "git describe --always --dirty --exclude='*'"
-    git = subprocess.run(describe, shell=True, cwd=ROOT, text=True, capture_output=True)
     libraries = ("torch", "transformers", "peft", "bitsandbytes")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "processor": f"{platform.machine()}, {os.cpu_count()} logical CPUs",
         "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         **{library: version(library) for library in libraries},
     }
 
