@@ -256,8 +256,9 @@ def frontier_block(fields, folder):
 
 
 def size_text(results):
-    count = len(results.seeds)
-    return f"{count} seed{'s' * (count > 1)} of {results.curve_n} episodes a point"
+    count, n = len(results.seeds), next(iter(results.splits.values()))
+    of_table = f"{results.curve_n} of the table's {n}" if results.curve_n < n else results.curve_n
+    return f"{count} seed{'s' * (count > 1)}, {of_table} episodes a point"
 
 
 def curves_of(results):

@@ -13,9 +13,11 @@ from itertools import chain, cycle
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import yaml
 from matplotlib.figure import Figure
 
 from lib.results import temperature_name
+from lib.settings import ROOT
 from lib.tables import training_names
 
 STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, markers of a frontier
@@ -31,7 +33,8 @@ SPARE_COLORS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", 
 def styles_of(arms, sft="sft"):
     """{arm: its style, in every figure}: Init, rl and the training that stands for SFT have the
     first of their kind, others the next ones, or a spare colour where these are used up."""
-    leads = {"Init", "rl", sft if sft in arms else "sft"}
+    usual = next((arm for arm in arms if arm.startswith("Init @ sft/")), "Init")  # of several
+    leads = {"Init", usual, "rl", sft if sft in arms else "sft"}
     others = {kind: iter(styles[1:]) for kind, styles in STYLES.items()}
     spare, styles = cycle(SPARE_COLORS), {}
     for arm in arms:
@@ -41,6 +44,16 @@ def styles_of(arms, sft="sft"):
         if arm not in leads:
             styles[arm] = next(others[kind], None) or {**first, "color": next(spare)}
     return styles
+
+
+def rate_of_init(results):
+    """sft.lr of the shipped YAML, by which Init is made, as 1e-3; "" where that is not known."""
+    shipped = getattr(results, "settings", {}).get("shipped")
+    if shipped is None:
+        return ""
+    rate = yaml.safe_load((ROOT / shipped).read_text(encoding="utf-8"))["sft"]["lr"]
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def colors_of(arms, sft="sft"):
@@ -66,7 +79,7 @@ def draw_compute(results, path, sft="sft"):
     everywhere = chain(*[chain(*arms.values()) for arms in results.curves.values()])
     most_gflops = max(point.gflops for point in everywhere)
     colors = colors_of(results.curves[variants[0]], sft)
-    names = training_names(colors)
+    names = training_names(colors, rate_of_init(results))
     for panels, variant in zip(axes, variants):
         panels[0].set_ylabel(f"{variant}\n{metric_label(results)}")
         for arm, points in results.curves[variant].items():
@@ -257,30 +270,34 @@ def draw_frontier(panels, path):
     heights = {(panel.variant, panel.results.reports[0].name) for panel in panels}
     axes = figure.subplots(1, len(panels), sharey=len(heights) == 1, squeeze=False)[0]
     for axis, panel in zip(axes, panels):
-        trained = next(iter(panel.results.variants))
-        styles = styles_of(panel.results.curves[trained], panel.sft)
-        names = training_names(styles)
-        for arm, points in panel.results.curves[trained].items():
-            if panel.over_kl and points[0].kl is None:  # it is not known where it began
-                continue
-            thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **styles[arm]}
-            thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
-            others = panel.results.curves[panel.variant][arm]
-            y = [point.value for point in others]
-            draw_path(axis, across(points, panel), y, **thick, label=names[arm])
-            for x, y in zip(across_of_seeds(points, panel), paths_of_seeds(others)):
-                draw_path(axis, x, y, **thin)
+        draw_panel(axis, panel)
         alone = titles.count(panel.title) == 1
         axis.set_title(panel.title if alone else f"{panel.title}: {panel.variant}".strip(": "))
-        over = f"{panel.results.reports[0].name} %"
-        if panel.over_kl:
-            over = "KL(Init || checkpoint), nats per first answer"
-        axis.set_xlabel(f"{trained}: {over}")
-        axis.set_ylabel(f"{panel.variant}: {panel.results.reports[0].name} %")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def draw_panel(axis, panel):
+    trained, measure = next(iter(panel.results.variants)), panel.results.reports[0].name
+    styles = styles_of(panel.results.curves[trained], panel.sft)
+    names = training_names(styles, rate_of_init(panel.results))
+    for arm, points in panel.results.curves[trained].items():
+        if panel.over_kl and points[0].kl is None:  # it is not known where it began
+            continue
+        thick = {"markersize": 4, "linewidth": 2, "zorder": 3, **styles[arm]}
+        thin = {**thick, "markersize": 1.5, "linewidth": 0.5, "zorder": 2, "alpha": 0.4}
+        others = panel.results.curves[panel.variant][arm]
+        x, y = across(points, panel), [point.value for point in others]
+        draw_path(axis, x, y, **thick, label=names[arm])
+        if not arm.startswith("Init"):  # seen where no Init lies above it
+            axis.scatter(x[:1], y[:1], marker="*", s=144, color=thick["color"], zorder=3)
+        for x, y in zip(across_of_seeds(points, panel), paths_of_seeds(others)):
+            draw_path(axis, x, y, **thin)
+    over = "KL(Init || checkpoint), nats per first answer" if panel.over_kl else f"{measure} %"
+    axis.set_xlabel(f"{trained}: {over}")
+    axis.set_ylabel(f"{panel.variant}: {measure} %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
 
 
 def draw_path(axis, x, y, **look):

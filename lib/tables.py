@@ -254,14 +254,14 @@ def training_name(arm):
     return ", ".join([NAMES.get(kind, kind), *settings])
 
 
-def training_names(arms):
+def training_names(arms, rate=""):
     """{arm: how a figure names it}: `training_name`, less where it went on from if that is not all
-    that it differs in. Beside SFT at other rates the plain one is said to have Init's, of which it
-    is the same run."""
+    that it differs in. Beside SFT at other rates the plain one has Init's, of which it is the same
+    run: `rate`, if that is known."""
     names = {arm: training_name(arm) for arm in arms}
     short = {arm: re.sub(r", init=sft_step_\d+(?=,)", "", name) for arm, name in names.items()}
     if len(set(short.values())) == len(short):
         names = short
     if "sft" in names and any(name.startswith("SFT, lr=") for name in names.values()):
-        names["sft"] = "SFT, lr of Init"
+        names["sft"] = f"SFT, lr={rate}" if rate else "SFT, lr of Init"
     return names

@@ -950,7 +950,7 @@ def test_backbone_reads_no_unseen_hand_and_no_answer_of_the_task(n, image_size):
 
 @pytest.mark.slow
 def test_rules_that_the_shipped_language_model_has_never_read():
-    """In all documents of its stage, from the recipe's own seed: docs/results_gp_l.md plays by these."""
+    """In all documents of its stage, from the recipe's own seed; docs/results_gp_l.md has these."""
     from mini.pretrain import batches, build_processor  # torch, which the others here do not need
 
     read = Counter()

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from conftest import ROOT
 import report
 from lib import documents
 from lib.errors import UserError
-from lib.figures import colors_of
+from lib.figures import colors_of, rate_of_init
 from lib.results import Estimate
 from lib.settings import load
 from lib.student import seeds_for_sign
@@ -510,10 +511,16 @@ def test_names_in_figures_are_short_where_they_stay_distinct():
     gentle, late = "sft-sft.init=sft_step_80-sft.lr=5e-5", "sft-sft.init=sft_step_90-sft.lr=5e-5"
     assert training_names(["Init", "sft", gentle, "rl"]) == {
         "Init": "Init", "sft": "SFT, lr of Init", gentle: "SFT, lr=5e-5", "rl": "RL"}
+    assert training_names(["sft", gentle], "1e-3")["sft"] == "SFT, lr=1e-3"
     assert training_names([gentle, late]) == {
         gentle: "SFT, init=sft_step_80, lr=5e-5", late: "SFT, init=sft_step_90, lr=5e-5"}
     assert training_names(["sft", "rl-ppo.init=sft_step_320"]) == {
         "sft": "SFT", "rl-ppo.init=sft_step_320": "RL, init=sft_step_320"}
+
+
+def test_the_rate_of_init_is_the_shipped_one():
+    shipped = SimpleNamespace(settings={"shipped": "configs/mini/gp_l.yaml"})
+    assert (rate_of_init(shipped), rate_of_init(SimpleNamespace())) == ("1e-3", "")
 
 
 def test_what_stands_for_sft_has_its_colour():
@@ -521,6 +528,9 @@ def test_what_stands_for_sft_has_its_colour():
     red = colors_of(arms)["sft"]
     assert colors_of(arms, "sft-x")["sft-x"] == colors_of(["sft"], "sft-x")["sft"] == red
     assert len(set(colors_of(arms, "sft-x").values())) == 4
+    several = colors_of(["Init @ sft-x/step_9", "Init @ sft/step_80", "Init @ sft/step_90"])
+    assert several["Init @ sft/step_80"] == colors_of(["Init"])["Init"]
+    assert len(set(several.values())) == 3
 
 
 def test_a_frontier_may_have_trainings_of_another_file_beside(block, tmp_path):
@@ -534,8 +544,8 @@ def test_a_frontier_may_have_trainings_of_another_file_beside(block, tmp_path):
         for curves in panel.results.curves.values():
             assert curves["rl-ppo.kl_coef=0"] == curves["sft-sft.lr=2.0e-4"] and curves["Init"]
     lines = block(f"frontier {json.dumps(fields)}")
-    assert lines[2].endswith("A: 2 seeds of 6 episodes a point (RL, kl_coef=0: 2 seeds of 7 "
-                             "episodes a point).*")
+    assert lines[2].endswith("A: 2 seeds, 6 of the table's 20 episodes a point (RL, kl_coef=0: "
+                             "2 seeds, 7 of the table's 20 episodes a point).*")
 
 
 def test_grades_block_by_hand(block):
@@ -562,7 +572,7 @@ def test_frontier_blocks_by_hand(block, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(evaluation(curves=PATHS, frontier=[ABOVE])))
     lines = block("frontier\nsources: {A: x.json, B: x.json}\nimage: docs/f.png\ntitle: T\n")
     assert lines[0] == "![T](f.png)"
-    size = "2 seeds of 6 episodes a point"
+    size = "2 seeds, 6 of the table's 20 episodes a point"
     assert lines[2].endswith(f" A: {size}; B: {size}.*")
     assert block("gaps\nsource: x.json\n")[2:] == [
         "| rule OOD | RL - SFT, lr=2.0e-4 | - | +4.2 [-1.1, 9.5], sign: 3 seeds |"
