@@ -13,11 +13,9 @@ from itertools import chain, cycle
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import yaml
 from matplotlib.figure import Figure
 
-from lib.results import temperature_name
-from lib.settings import ROOT
+from lib.results import rate_of_init, temperature_name
 from lib.tables import training_names
 
 STYLES = {  # of trainings, by kind: colours that the colour-blind tell apart, markers of a frontier
@@ -44,16 +42,6 @@ def styles_of(arms, sft="sft"):
         if arm not in leads:
             styles[arm] = next(others[kind], None) or {**first, "color": next(spare)}
     return styles
-
-
-def rate_of_init(results):
-    """sft.lr of the shipped YAML, by which Init is made, as 1e-3; "" where that is not known."""
-    shipped = getattr(results, "settings", {}).get("shipped")
-    if shipped is None:
-        return ""
-    rate = yaml.safe_load((ROOT / shipped).read_text(encoding="utf-8"))["sft"]["lr"]
-    digits, exponent = f"{rate:e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
 
 
 def colors_of(arms, sft="sft"):
@@ -278,6 +266,7 @@ def draw_frontier(panels, path):
 
 
 def draw_panel(axis, panel):
+    """The lines of one Panel, its labels and its legend."""
     trained, measure = next(iter(panel.results.variants)), panel.results.reports[0].name
     styles = styles_of(panel.results.curves[trained], panel.sft)
     names = training_names(styles, rate_of_init(panel.results))

@@ -35,7 +35,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import yaml
+
 from lib.errors import UserError
+from lib.settings import ROOT
 
 
 class Estimate(NamedTuple):
@@ -83,6 +86,16 @@ def temperature_name(temperature):
     if isinstance(temperature, Nucleus):
         return f"T = {temperature.T:g}, top-p {temperature.top_p:g}"
     return f"T = {temperature:g}" if temperature else "greedy"
+
+
+def rate_of_init(results):
+    """sft.lr of the shipped YAML, by which Init is made, as 1e-3; "" where that is not known."""
+    shipped = getattr(results, "settings", {}).get("shipped")
+    if shipped is None:
+        return ""
+    rate = yaml.safe_load((ROOT / shipped).read_text(encoding="utf-8"))["sft"]["lr"]
+    digits, exponent = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 # ---------------------------------------------------------------- read

@@ -6,7 +6,7 @@ import re
 from itertools import chain, product
 from typing import NamedTuple
 
-from lib.results import temperature_name
+from lib.results import rate_of_init, temperature_name
 from lib.student import seeds_for_sign
 
 NAMES = {"Init": "Init", "sft": "SFT", "rl": "RL"}
@@ -203,7 +203,8 @@ def gap_rows(results):
     known = set(chain(*[row["metrics"] for row in results.frontier]))
     places = WITH_KL if known - set(FRONTIER) else FRONTIER
     rows = [["points", "", *[f"at {at}" for at in places]]]
-    names = training_names(chain(*[(row["arm"], row["base"]) for row in results.frontier]))
+    arms = chain(*[(row["arm"], row["base"]) for row in results.frontier])
+    names = training_names(arms, rate_of_init(results))
     for row in results.frontier:
         pair = f"{names[row['arm']]} - {names[row['base']]}"
         cells = [gap_text(row, at) for at in places]

@@ -13,8 +13,8 @@ from conftest import ROOT
 import report
 from lib import documents
 from lib.errors import UserError
-from lib.figures import colors_of, rate_of_init
-from lib.results import Estimate
+from lib.figures import colors_of
+from lib.results import Estimate, rate_of_init
 from lib.settings import load
 from lib.student import seeds_for_sign
 from lib.tables import sign_text, training_names
