@@ -1384,7 +1384,7 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
     "virl_l_mini": ("virl_l", [f"virl_l_{seed}" for seed in range(1, 6)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0.2]", "eval.curve_n=40",
-        "eval.curve_points=5"]),
+        "eval.curve_points=8"]),
     "virl_l_mini_sampling": ("virl_l", [f"virl_l_{seed}" for seed in (1, 2, 3)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]",
         "eval.curve_n=0", "eval.arms=[sft-sft.init=sft_step_35-sft.lr=2e-4,rl]"]),
