@@ -43,7 +43,7 @@ def test_by_hand(runs, capsys):
 
 @pytest.mark.parametrize("change, told", [
     ({"--where": []}, "several variants of rl/step_40"),
-    ({"--metric": ["per_step"]}, "--metric: one of solved"),
+    ({"--metric": ["per_step"]}, "--metric per_step: nothing was counted"),
     ({"--n": ["5"]}, "no checkpoint of rl"),
 ])
 def test_what_it_cannot_compare_is_told_in_one_line(runs, change, told):
@@ -51,5 +51,7 @@ def test_what_it_cannot_compare_is_told_in_one_line(runs, change, told):
     given = [word for name, values in options.items() for word in (name, *values)]
     with pytest.raises(UserError, match=told):
         paired.main(["rl:first", "rl", *runs, *given])
+    with pytest.raises(UserError, match="sft/step_35 would be compared with itself"):
+        paired.main(["sft:first", "sft", *runs, "--where", "rule=face", "--n", "4"])
     with pytest.raises(UserError, match="run eval.py"):
         paired.main(["rl:first", "rl", f"{runs[0]}x"])

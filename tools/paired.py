@@ -56,6 +56,7 @@ def episodes_of(cells, name, run):
 
 
 def main(arguments):
+    """Compare and print. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("earlier")
     parser.add_argument("later")
@@ -70,14 +71,17 @@ def main(arguments):
         cells = cells_of(run, options)
         before, earlier = episodes_of(cells, options.earlier, run)
         after, later = episodes_of(cells, options.later, run)
+        if before == after:
+            raise UserError(f"{run}: {before} would be compared with itself")
         print(f"{run}: {after} - {before}")
-        if options.metric not in later[0]["counts"]:
-            raise UserError(f"--metric: one of {', '.join(later[0]['counts'])}")
         for one, other in zip(later, earlier, strict=True):
-            counts.append([one["counts"][options.metric], other["counts"][options.metric]])
+            pair = (one["counts"], other["counts"])
+            counts.append([count.get(options.metric, (0, 0)) for count in pair])
             clusters.append(one["cluster"])
             seeds.append(str(run))
     found = measure(torch.tensor(counts).float(), clusters, seeds, difference)
+    if found.estimate is None:
+        raise UserError(f"--metric {options.metric}: nothing was counted")
     value, low, high = (100 * number for number in found.estimate)
     each = ", ".join(f"{100 * one:.1f}" for one in found.per_seed)
     print(f"{options.metric}: {value:+.1f} [{low:.1f}, {high:.1f}] ({each})")
