@@ -36,9 +36,10 @@ from bitsandbytes.nn import Params4bit
 GIB = 2**30
 MARGIN = 1.0  # GiB kept for the CUDA context and for gaps between blocks
 REMEDIES = {  # keys that make the moments of a phase smaller
-    "sft.py": ("sft.micro_tokens", "model.gradient_checkpointing"),
+    "sft.py": ("sft.micro_tokens", "model.gradient_checkpointing", "model.merge_for_sampling"),
     "rl.py rollout": ("model.sample_tokens", "model.merge_for_sampling"),
-    "rl.py update": ("ppo.micro_tokens", "model.gradient_checkpointing"),
+    "rl.py update": ("ppo.micro_tokens", "model.gradient_checkpointing",
+                     "model.merge_for_sampling"),
     "eval.py": ("model.sample_tokens", "model.merge_for_sampling", "eval.batch_size")}
 PHASES = tuple(REMEDIES)
 SWITCHES = {"model.gradient_checkpointing": True, "model.merge_for_sampling": False}
@@ -162,11 +163,12 @@ def learning(policy, sequences):
     size = f"{len(sequences)} conversations of {len(sequences[0].ids)} tokens"
     live = policy.live
     live.start()
-    with meta_kernels(), live:
+    with meta_kernels(), live, live.during("merging LoRA"), policy.merged():
         with live.during(f"scoring {size}"):
             out = policy.score(sequences)
         with live.during(f"backward through {size}"):
             (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
+        del out
     return live.peaks
 
 

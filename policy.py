@@ -32,7 +32,7 @@ from lib.families import text_only
 from lib.head import logits_in_float32
 from lib.images import ImageFeatures
 from lib.loading import load_base
-from lib.lora import add_lora, learn_densely, lora_layers, merged_weights
+from lib.lora import add_lora, lora_layers, merged_weights
 from lib.padding import answer_tokens, pad_left, pad_right
 from lib.prompts import PromptEncoder
 from lib.random_weights import FilledPromptEncoder
@@ -140,8 +140,6 @@ class Policy:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.dtype == "float16")
         self.tokens = dict.fromkeys(PHASES, 0)
         self.official_extra = {"train": 0, "inference": 0}
-        if self.exact and self.merge_for_sampling:  # one dense product is faster in training, too
-            learn_densely(lora_layers(self.net))
         if self.checkpointing:
             self.base.gradient_checkpointing_enable({"use_reentrant": False})
         self._set_up_text(model)
@@ -318,6 +316,14 @@ class Policy:
                 self.images.clear()
 
     # ------------------------------------------------------------ scoring
+    def merged(self):
+        """A context for scoring while weights do not change, such as all passes of one optimiser
+        step: in float32 with model.merge_for_sampling LoRA is merged into dense copies, whose
+        gradient reaches it on leaving. It changes speed and memory alone."""
+        if not (self.has_lora and self.exact and self.merge_for_sampling):
+            return nullcontext()
+        return merged_weights(lora_layers(self.net), learn=torch.is_grad_enabled())
+
     def score(self, sequences, temperature=1.0):
         """Log-probs of every answer token, as sampled at `temperature`, and values before answers.
 

@@ -167,16 +167,18 @@ def minibatch_step(policy, optimizer, batch, minibatch, ppo):
     size = batch.size(minibatch)
     sums = Counter()
     optimizer.zero_grad()
-    for group in micro_batches(minibatch, ppo.micro_tokens):
-        scored = policy.score([conversation.sequence for conversation in group], ppo.temperature)
-        known = batch.targets(group, policy.device)
-        loss, part = ppo_loss(
-            new=scored["logprobs"], old=known.old, start=known.start,
-            ratio_weights=known.ratio_weights, turn_of=scored["answer_of"],
-            advantages=known.advantages, values=scored["values"], returns=known.returns,
-            entropy=scored["entropy"], ppo=ppo, size=size)
-        backward(policy, loss)
-        sums.update(part)
+    with policy.merged():
+        for group in micro_batches(minibatch, ppo.micro_tokens):
+            sequences = [conversation.sequence for conversation in group]
+            scored = policy.score(sequences, ppo.temperature)
+            known = batch.targets(group, policy.device)
+            loss, part = ppo_loss(
+                new=scored["logprobs"], old=known.old, start=known.start,
+                ratio_weights=known.ratio_weights, turn_of=scored["answer_of"],
+                advantages=known.advantages, values=scored["values"], returns=known.returns,
+                entropy=scored["entropy"], ppo=ppo, size=size)
+            backward(policy, loss)
+            sums.update(part)
     sums["stopped"] = too_far(sums, ppo)
     if sums["stopped"]:
         return sums

@@ -60,14 +60,15 @@ def train_step(policy, optimizer, batch, sft):
     optimizer.zero_grad()
     loss = 0.0
     items = [(sequence,) for sequence in batch]
-    for group in micro_batches(items, sft.micro_tokens):
-        scored = policy.score([sequence for (sequence,) in group])
-        logprobs = scored["logprobs"]
-        if sft.loss == "dft":
-            logprobs = logprobs.detach().exp() * logprobs
-        part = -logprobs.sum() / answer_tokens
-        backward(policy, part)
-        loss += part.item()
+    with policy.merged():
+        for group in micro_batches(items, sft.micro_tokens):
+            scored = policy.score([sequence for (sequence,) in group])
+            logprobs = scored["logprobs"]
+            if sft.loss == "dft":
+                logprobs = logprobs.detach().exp() * logprobs
+            part = -logprobs.sum() / answer_tokens
+            backward(policy, part)
+            loss += part.item()
     norm = clipped_step(policy, optimizer, sft.max_grad_norm, loss,
                         "the SFT loss is not finite; lower sft.lr")
     return loss, norm

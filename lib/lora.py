@@ -52,38 +52,28 @@ def lora_layers(net):
 
 
 @contextmanager
-def merged_weights(layers):
+def merged_weights(layers, learn=False):
     """Inside, each LoRA layer is one matmul with a dense copy of W + s B A, as it is on entering.
 
-    Faster than a dequantisation and three matmuls, but it takes the memory of the copies, and A and
-    B get no gradient. The 4-bit weights themselves are not touched: merging into them would round.
+    Faster than a dequantisation and three matmuls at every pass, but it takes the memory of the
+    copies. The 4-bit weights themselves are not touched: merging into them would round.
+
+    Args: learn: the copies gather the gradient of all passes inside, which on leaving goes on to
+        A and B; otherwise these get none. In 16 bits the sum would round B A away.
     """
-    own = [vars(layer).get("forward") for layer in layers]  # of learn_densely, or None
-    for layer in layers:
-        with torch.no_grad():
-            merged = dense_weight(layer)
-        layer.forward = partial(linear, weight=merged, bias=layer.get_base_layer().bias)
+    with torch.set_grad_enabled(learn):
+        merged = [dense_weight(layer) for layer in layers]
+    copies = [weight.detach().requires_grad_(weight.requires_grad) for weight in merged]
+    for layer, copy in zip(layers, copies):
+        layer.forward = partial(linear, weight=copy, bias=layer.get_base_layer().bias)
     try:
         yield
     finally:
-        for layer, forward in zip(layers, own):
+        for layer in layers:
             del layer.forward  # set on the layer it hid its class's
-            if forward is not None:
-                layer.forward = forward
-
-
-def learn_densely(layers):
-    """Let each LoRA layer compute W + s B A at every forward pass, and one matmul with it.
-
-    In a small fp32 model such a pass and its backward take less time than with a dequantisation and
-    three matmuls: the sum costs less than it spares. In 16 bits it would round B A away.
-    """
-    for layer in layers:
-        layer.forward = partial(_dense_forward, layer)
-
-
-def _dense_forward(layer, x):
-    return linear(x, dense_weight(layer), layer.get_base_layer().bias)
+    learnt = [(weight, copy.grad) for weight, copy in zip(merged, copies) if copy.grad is not None]
+    if learnt:
+        torch.autograd.backward(*zip(*learnt))
 
 
 def dense_weight(layer):

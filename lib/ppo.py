@@ -40,10 +40,11 @@ def answer_logprobs(policy, packed, micro_tokens, temperature):
     Returns: list of S tensors (A_i,), on the CPU.
     """
     found = {}
-    for group in micro_batches(packed, micro_tokens):
-        scored = policy.score([conversation.sequence for conversation in group], temperature)
-        for position, index in enumerate(turns_of(group)):
-            found[index] = scored["logprobs"][scored["answer_of"] == position].cpu()
+    with policy.merged():
+        for group in micro_batches(packed, micro_tokens):
+            scored = policy.score([conversation.sequence for conversation in group], temperature)
+            for position, index in enumerate(turns_of(group)):
+                found[index] = scored["logprobs"][scored["answer_of"] == position].cpu()
     return [found[index] for index in range(len(found))]
 
 

@@ -123,6 +123,7 @@ VISION = (
 HALF = ("model.dtype=float16",)  # the eyes are in float32
 FULL = ("lora=null", "model.quantization=none", "model.dtype=float32")
 DENSE32 = ("model.quantization=none", "model.dtype=float32")
+MERGED32 = (*DENSE32, "model.merge_for_sampling=true")
 
 
 # ---------------------------------------------------------------- what lies there all the time
@@ -223,8 +224,9 @@ def conversations(policy, rows, width, image=None, spans=0, answer=0):
 
 
 def answers(policy, sequences):
-    out = policy.score(sequences, 0.5)
-    (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
+    with policy.merged():
+        out = policy.score(sequences, 0.5)
+        (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
 
 
 def compare(moments, tracked, dominant, pixels=0, features=0):
@@ -352,6 +354,8 @@ def test_prompts_read_in_parts_need_the_activations_of_one(
         slow("wide", (), 2, 20, 1, 8, SQUARE, False, ("scoring", "backward")),
         slow("middle", DENSE32, 4, 100, 1, 8, None, True, "backward"),
         slow("middle", DENSE32, 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
+        ("middle", MERGED32, 4, 100, 1, 8, None, True, "backward"),
+        slow("middle", (*MERGED32, *VISION), 4, 40, 1, 8, TALL, False, ("scoring", "backward")),
         slow("middle", FULL, 4, 100, 1, 8, None, False, ("scoring", "backward")),
         ("middle", VISION, 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
         slow("middle", (*VISION, *FULL), 2, 40, 1, 8, TALL, True, ("scoring", "backward")),
@@ -367,6 +371,7 @@ def test_update(
     answers(policy, sequences)  # now there are gradients, and a frozen tower has seen the pictures
     tracked = allocated(lambda: answers(policy, sequences))
     m.checkpointing = checkpointing
+    m.merge_for_sampling = policy.merge_for_sampling
     plan.learning(m, sequences)
     compare(plan.learning(m, sequences), tracked, dominant)
 

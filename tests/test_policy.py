@@ -177,11 +177,15 @@ def test_merging_the_adapter_for_sampling_changes_nothing_but_speed(make_policy,
 
 
 def test_learning_by_dense_weights_gives_the_gradients_of_peft(make_policy, turns):
+    """Over two micro-batches of a step, and again in the next."""
     found = []
     for merge in (True, False):
         policy = make_policy(merge_for_sampling=merge)
-        scored = policy.score([alone(t) for t in turns[0.7][:4]], 0.7)
-        (scored["logprobs"].sum() + scored["entropy"].sum()).backward()
+        for _ in range(2):
+            with policy.merged():
+                for some in (turns[0.7][:4], turns[0.7][4:6]):
+                    scored = policy.score([alone(t) for t in some], 0.7)
+                    (scored["logprobs"].sum() + scored["entropy"].sum()).backward()
         found.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
     dense, plain = found
     assert dense.keys() == plain.keys()
