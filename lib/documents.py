@@ -249,16 +249,19 @@ def frontier_block(fields, folder):
             others = read(ROOT / fields["beside"][title])
             more = [name for arm, name in training_names(curves_of(others)).items()
                     if arm not in curves_of(results)]
-            sizes[-1] += f" ({' and '.join(more)}: {size_text(others)})"
+            sizes[-1] += f" ({' and '.join(more)}: {size_text(others, short=True)})"
     caption = (f"*{fields['title']}. Thick: all seeds, thin: each; the star is Init, the last "
                f"checkpoint is large. {'; '.join(sizes)}.*")
     return [f"![{fields['title']}]({link})", "", caption]
 
 
-def size_text(results):
+def size_text(results, short=False):
+    """Seeds, and episodes behind a point of a curve beside those behind a cell of the table; short:
+    where the same has just been said of others."""
     count, n = len(results.seeds), next(iter(results.splits.values()))
-    of_table = f"{results.curve_n} of the table's {n}" if results.curve_n < n else results.curve_n
-    return f"{count} seed{'s' * (count > 1)}, {of_table} episodes a point"
+    seeds, whole = f"{count} seed{'s' * (count > 1)}", "" if short else "the table's "
+    of_table = f"{results.curve_n} of {whole}{n}" if results.curve_n < n else results.curve_n
+    return f"{seeds}, {of_table}" if short else f"{seeds}, {of_table} episodes a point"
 
 
 def curves_of(results):

@@ -1374,6 +1374,7 @@ FINDINGS = ["findings_1", "findings_2", "findings_3"]
 QUESTIONS = ["questions_1", "questions_2", "questions_3"]
 FIVE = ["gp_l_1", "gp_l_2", "gp_l_3", "gp_l_4", "gp_l_5"]
 AT_5E5, AT_2E4 = (f"sft-sft.init=sft_step_80-sft.lr={rate}" for rate in ("5e-5", "2e-4"))
+WALKING = "sft-sft.init=sft_step_35-sft.lr={}"
 CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{AT_5E5},rl]"]
 ENDS = ["eval.curve_n=0", f"eval.arms=[{AT_5E5},rl]"]
 NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: true}, '
@@ -1384,10 +1385,14 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.temperatures=[0.2]", "eval.curve_n=40", "eval.curve_points=4"]),
     "virl_l_mini": ("virl_l", [f"virl_l_{seed}" for seed in range(1, 6)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0.2]", "eval.curve_n=40",
-        "eval.curve_points=8"]),
+        "eval.curve_points=8", f"eval.arms=[sft,{WALKING.format('2e-4')},"
+        f"{WALKING.format('5e-5')},rl]"]),
+    "virl_l_mini_kl": ("virl_l", [f"virl_l_{seed}" for seed in (1, 2, 3)], [
+        "eval.splits={unseen: 200}", "eval.temperatures=[0.2]", "eval.curve_n=40",
+        "eval.curve_points=8", "eval.arms=[rl-ppo.kl_coef=0]"]),
     "virl_l_mini_sampling": ("virl_l", [f"virl_l_{seed}" for seed in (1, 2, 3)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]",
-        "eval.curve_n=0", "eval.arms=[sft-sft.init=sft_step_35-sft.lr=2e-4,rl]"]),
+        "eval.curve_n=0", f"eval.arms=[{WALKING.format('2e-4')},rl]"]),
     "gp_vl_mini": ("gp_vl", [f"gp_vl_{seed}" for seed in range(1, 6)], [
         "eval.splits={all: 500}", "eval.curve_n=60", "eval.curve_points=5"]),
     "gp_vl_mini_sampling": ("gp_vl", [f"gp_vl_{seed}" for seed in (1, 2, 3)], [

@@ -545,7 +545,7 @@ def test_a_frontier_may_have_trainings_of_another_file_beside(block, tmp_path):
             assert curves["rl-ppo.kl_coef=0"] == curves["sft-sft.lr=2.0e-4"] and curves["Init"]
     lines = block(f"frontier {json.dumps(fields)}")
     assert lines[2].endswith("A: 2 seeds, 6 of the table's 20 episodes a point (RL, kl_coef=0: "
-                             "2 seeds, 7 of the table's 20 episodes a point).*")
+                             "2 seeds, 7 of 20).*")
 
 
 def test_grades_block_by_hand(block):
