@@ -163,7 +163,7 @@ def learning(policy, sequences):
     size = f"{len(sequences)} conversations of {len(sequences[0].ids)} tokens"
     live = policy.live
     live.start()
-    with meta_kernels(), live, live.during("merging LoRA"), policy.merged():
+    with meta_kernels(), live, live.during("merging LoRA and its gradient"), policy.merged():
         with live.during(f"scoring {size}"):
             out = policy.score(sequences)
         with live.during(f"backward through {size}"):

@@ -317,9 +317,10 @@ class Policy:
 
     # ------------------------------------------------------------ scoring
     def merged(self):
-        """A context for scoring while weights do not change, such as all passes of one optimiser
-        step: in float32 with model.merge_for_sampling LoRA is merged into dense copies, whose
-        gradient reaches it on leaving. It changes speed and memory alone."""
+        """A context for scoring, backward passes included, while weights do not change, such as all
+        of one optimiser step: in float32 with model.merge_for_sampling LoRA is merged into dense
+        copies, whose gradient reaches it on leaving. It changes speed and memory, and results by
+        rounding alone."""
         if not (self.has_lora and self.exact and self.merge_for_sampling):
             return nullcontext()
         return merged_weights(lora_layers(self.net), learn=torch.is_grad_enabled())

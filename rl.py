@@ -239,7 +239,8 @@ def main(arguments):
             bar.set_description("update")
             policy.learn(values_alone=step < ppo.value_warmup)
             with within_memory("training", cfg, "ppo.micro_tokens",
-                               "model.gradient_checkpointing=true"):
+                               "model.gradient_checkpointing=true",
+                               "model.merge_for_sampling=false"):
                 batch = prepare(policy, rollout.turns, advantages.flatten(), returns.flatten(), ppo,
                                 envs[0].answer_key, start)
                 learned = update(policy, optimizer, batch, ppo, shuffler)

@@ -102,7 +102,8 @@ def main(arguments):
                                sft.warmup)
             batch = sft_batch(policy, env, itertools.islice(seeds, sft.batch_size), sft.mistakes)
             with within_memory("training", cfg, "sft.micro_tokens",
-                               "model.gradient_checkpointing=true"):
+                               "model.gradient_checkpointing=true",
+                               "model.merge_for_sampling=false"):
                 loss, norm = train_step(policy, optimizer, batch, sft)
 
             lr = optimizer.param_groups[0]["lr"]

@@ -259,9 +259,10 @@ def size_text(results, short=False):
     """Seeds, and episodes behind a point of a curve beside those behind a cell of the table; short:
     where the same has just been said of others."""
     count, n = len(results.seeds), next(iter(results.splits.values()))
-    seeds, whole = f"{count} seed{'s' * (count > 1)}", "" if short else "the table's "
-    of_table = f"{results.curve_n} of {whole}{n}" if results.curve_n < n else results.curve_n
-    return f"{seeds}, {of_table}" if short else f"{seeds}, {of_table} episodes a point"
+    text = f"{count} seed{'s' * (count > 1)}, {results.curve_n}"
+    if results.curve_n < n:
+        text += f" of {n}" if short else f" of the table's {n}"
+    return text if short else f"{text} episodes a point"
 
 
 def curves_of(results):

@@ -58,9 +58,13 @@ def merged_weights(layers, learn=False):
     Faster than a dequantisation and three matmuls at every pass, but it takes the memory of the
     copies. The 4-bit weights themselves are not touched: merging into them would round.
 
-    Args: learn: the copies gather the gradient of all passes inside, which on leaving goes on to
-        A and B; otherwise these get none. In 16 bits the sum would round B A away.
+    Args: learn: the copies gather the gradient of all backward passes inside, which on leaving goes
+        on to A and B; otherwise, and from later ones, these get none. For float32 alone: in 16 bits
+        the sum rounds away what a step changes.
+    Raises: RuntimeError inside another one.
     """
+    if any("forward" in vars(layer) for layer in layers):
+        raise RuntimeError("LoRA is merged already")
     with torch.set_grad_enabled(learn):
         merged = [dense_weight(layer) for layer in layers]
     copies = [weight.detach().requires_grad_(weight.requires_grad) for weight in merged]

@@ -23,6 +23,7 @@ import gp
 import rl
 import sft
 from lib import head
+from lib.lora import lora_layers
 from lib.errors import UserError
 from lib.batching import sequences_of
 from rollout import Play, evaluate, make_env, training_seeds
@@ -177,7 +178,7 @@ def test_merging_the_adapter_for_sampling_changes_nothing_but_speed(make_policy,
 
 
 def test_learning_by_dense_weights_gives_the_gradients_of_peft(make_policy, turns):
-    """Over two micro-batches of a step, and again in the next."""
+    """Over two micro-batches of a step, and in the next, whose weights are others."""
     found = []
     for merge in (True, False):
         policy = make_policy(merge_for_sampling=merge)
@@ -186,12 +187,23 @@ def test_learning_by_dense_weights_gives_the_gradients_of_peft(make_policy, turn
                 for some in (turns[0.7][:4], turns[0.7][4:6]):
                     scored = policy.score([alone(t) for t in some], 0.7)
                     (scored["logprobs"].sum() + scored["entropy"].sum()).backward()
+            for parameter in policy.trainable.values():
+                parameter.data += 0.01
         found.append({n: p.grad for n, p in policy.trainable.items() if p.grad is not None})
     dense, plain = found
     assert dense.keys() == plain.keys()
     for name in plain:
         scale = plain[name].abs().max().item()
         torch.testing.assert_close(dense[name], plain[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+def test_what_fails_while_weights_are_merged_leaves_nothing_merged(make_policy, turns):
+    """Nor is anything merged twice: the inner one would take the outer one's away."""
+    policy = make_policy(merge_for_sampling=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="merged already"), policy.merged():
+            greedy(policy, [turns[0.7][0].prompt])
+    assert not any("forward" in vars(layer) for layer in lora_layers(policy.net))
 
 
 def test_a_16_bit_output_layer_is_not_rounded(monkeypatch):
