@@ -493,8 +493,8 @@ def test_the_value_head_learns_first_and_the_run_goes_on(whole, after_sft, tmp_p
 # ---------------------------------------------------------------- out of memory
 LOADING = "loading the model: it needs a larger machine"
 SAMPLING = "sampling: lower model.sample_tokens (4096) or "
-TRAINING = ("training: lower {}.micro_tokens (1024) or set model.gradient_checkpointing=true or set "
-            "model.merge_for_sampling=false;")
+TRAINING = ("training: lower {}.micro_tokens (1024) or set model.gradient_checkpointing=true or "
+            "set model.merge_for_sampling=false;")
 
 
 @pytest.mark.parametrize(
