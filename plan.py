@@ -168,7 +168,6 @@ def learning(policy, sequences):
             out = policy.score(sequences)
         with live.during(f"backward through {size}"):
             (out["logprobs"].sum() + out["values"].sum() + out["entropy"].sum()).backward()
-        del out
     return live.peaks
 
 
