@@ -263,7 +263,7 @@ TALL, SQUARE = (280, 140), (560, 560)  # two tiles of the middle shape, four of 
         ("middle", (), 64, 20, 2, None, "reading"),
         slow("middle", (), 64, 4, 16, None, "sampling"),
         slow("middle", ("model.keep_unquantized=[]",), 64, 4, 16, None, "sampling"),
-        slow("wide", (), 32, 4, 40, None, "sampling"),
+        slow("wide", (), 32, 4, 35, None, "sampling"),  # the last token makes the caches grow
         slow("middle", (), 4, 200, 2, TALL, "reading"),
         ("middle", (), 8, 20, 2, TALL, "encoding"),
         slow("wide", (), 2, 20, 2, SQUARE, "encoding"),
@@ -312,7 +312,7 @@ def test_reading_prompts_whose_pictures_were_seen_before(middle, rows, width):
 @pytest.mark.parametrize(
     "shape, rows, width, size, part, dominant",
     [
-        slow("middle", 64, 100, None, 8, "reading"),
+        slow("middle", 64, 100, None, 32, "reading"),
         ("middle", 16, 100, None, 4, "reading"),
         slow("wide", 6, 60, SQUARE, 1, "reading"),
         ("wide", 6, 20, SQUARE, 3, "reading"),
@@ -604,8 +604,9 @@ def test_caches_of_the_11b():
     assert 1 < sampling / caches < 1.25
 
 
-NOT_CHECKPOINTED = (
+NOT_CHECKPOINTED = (  # as the configurations' comments say
     "model.gradient_checkpointing=false",
+    "model.tune=[language]",
     "ppo.micro_tokens=1024",
     "sft.micro_tokens=1024",
 )
