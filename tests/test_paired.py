@@ -11,7 +11,8 @@ def cell(checkpoint, solved, rule="face", temperature=0.2):
     """A line of evaluations.jsonl; each episode is a cluster of its own."""
     episodes = []
     for hand, right in enumerate(solved):
-        episodes.append({"cluster": hand, "counts": {"solved": [right, 1]}, "grades": {}})
+        counts = {"solved": [right, 1], "first": [right and hand == 1, 1]}
+        episodes.append({"cluster": hand, "counts": counts, "grades": {}})
     key = [checkpoint, 0, {"rule": rule}, "all", temperature, len(solved), 5, 1000]
     return json.dumps({"key": key, "episodes": episodes}) + "\n"
 
@@ -39,6 +40,14 @@ def test_by_hand(runs, capsys):
     assert shown.startswith("solved: -37.5 [") and shown.endswith("] (-25.0, -50.0)")
     paired.main(["sft", "rl:first", *runs, "--where", "rule=face", "--n", "4"])
     assert "solved: +50.0 [" in capsys.readouterr().out
+
+
+def test_by_hand_of_one_metric_less_another(runs, capsys):
+    """What was solved, but not in the first attempt: hands 0 and 2, then hand 0."""
+    paired.main(["rl:first", "rl", *runs, "--where", "rule=face", "--n", "4",
+                 "--metric", "solved-first"])
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown.startswith("solved-first: -25.0 [") and shown.endswith("] (-25.0, -25.0)")
 
 
 @pytest.mark.parametrize("change, told", [

@@ -55,13 +55,21 @@ def episodes_of(cells, name, run):
     return checkpoint, cells[checkpoint]
 
 
+def counted(episode, metric):
+    """[right, of] of a metric, or of "a-b": right by a, not by b."""
+    metric, _, less = metric.partition("-")
+    right, of = episode["counts"].get(metric, (0, 0))
+    return [right - episode["counts"].get(less, (0, 0))[0], of]
+
+
 def main(arguments):
     """Compare and print. arguments: of the command line, see above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("earlier")
     parser.add_argument("later")
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--metric", default="solved", help="of rollout.counts")
+    parser.add_argument("--metric", default="solved",
+                        help="of rollout.counts; a-b: right by a, not by b")
     parser.add_argument("--where", nargs="*", default=[], metavar="KEY=VALUE", help="of env")
     parser.add_argument("--n", type=int, default=200, help="episodes of each, as in the table")
     parser.add_argument("--temperature", type=float, default=0.2)
@@ -75,8 +83,7 @@ def main(arguments):
             raise UserError(f"{run}: {before} would be compared with itself")
         print(f"{run}: {after} - {before}")
         for one, other in zip(later, earlier, strict=True):
-            pair = (one["counts"], other["counts"])
-            counts.append([count.get(options.metric, (0, 0)) for count in pair])
+            counts.append([counted(episode, options.metric) for episode in (one, other)])
             clusters.append(one["cluster"])
             seeds.append(str(run))
     found = measure(torch.tensor(counts).float(), clusters, seeds, difference)
