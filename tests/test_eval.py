@@ -1135,6 +1135,34 @@ def test_intervals_cover_what_another_training_would_show(seeds, spread):
     assert by_hands_alone < 0.5 * trials
 
 
+@pytest.mark.parametrize("seeds", [5, 3])
+def test_intervals_of_paired_differences_cover_what_another_training_would_show(seeds):
+    """Two arms on the same 400 hands, from a start near 0.4 that differs by 13 points between
+    runs, with a gain of 5 points that differs by 4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = [seed for seed in range(seeds) for _ in range(400)]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def chances(runs, hands):
+        start = 0.4 + 0.13 * normal(runs, 1) + 0.25 * normal(1, hands)
+        arm = start + 0.05 + 0.04 * normal(runs, 1) + 0.1 * normal(1, hands)
+        return torch.stack([arm, start]).clamp(0, 1)  # (2, runs, hands)
+
+    arm, start = chances(2000, 2000).mean([1, 2])
+    covered, trials = 0, 200
+    for _ in range(trials):
+        chance = chances(seeds, 400)
+        solved = (torch.rand(chance.shape, generator=generator) < chance).flatten(1)
+        counts = torch.stack([solved, torch.ones_like(solved)], -1).transpose(0, 1).float()
+        clusters = seeds * list(range(400))
+        _, low, high = bootstrap.measure(counts, clusters, labels, bootstrap.difference).estimate
+        covered += low <= arm - start <= high
+    assert covered >= 0.9 * trials
+
+
 @pytest.mark.parametrize(
     "at, y",
     [(25, 40 - 15), (10, 50), (30, 10), (12, 48), (9.9, None), (35, 90 - 60 * 15 / 20), (41, None)],
