@@ -250,8 +250,8 @@ def frontier_block(fields, folder):
             more = [name for arm, name in training_names(curves_of(others)).items()
                     if arm not in curves_of(results)]
             sizes[-1] += f" ({' and '.join(more)}: {size_text(others, short=True)})"
-    caption = (f"*{fields['title']}. Thick: all seeds, thin: each; the star is Init, the last "
-               f"checkpoint is large. {'; '.join(sizes)}.*")
+    caption = (f"*{fields['title']}. Checkpoints evenly spread over each training; thick: all "
+               f"seeds, thin: each; the star is Init, the last is large. {'; '.join(sizes)}.*")
     return [f"![{fields['title']}]({link})", "", caption]
 
 

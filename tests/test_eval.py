@@ -1421,12 +1421,12 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
     "virl_l_mini_sampling": ("virl_l", [f"virl_l_{seed}" for seed in (1, 2, 3)], [
         "eval.splits={unseen: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]",
         "eval.curve_n=0", f"eval.arms=[{WALKING.format('2e-4')},rl]"]),
-    "gp_vl_mini": ("gp_vl", [f"gp_vl_{seed}" for seed in range(1, 6)], [
-        "eval.splits={all: 500}", "eval.curve_n=60", "eval.curve_points=5"]),
-    "gp_vl_mini_long": ("gp_vl", ["gp_vl_long_1", "gp_vl_long_2"], [
+    "gp_vl_mini": ("gp_vl", [f"gp_vl_long_{seed}" for seed in range(1, 6)], [
         "eval.splits={all: 1000}", "eval.curve_n=60", "eval.curve_points=5",
-        f"eval.arms=[{AT_2E4},rl]"]),
-    "gp_vl_mini_sampling": ("gp_vl", [f"gp_vl_{seed}" for seed in (1, 2, 3)], [
+        f"eval.arms=[sft-early,{AT_2E4},rl]"]),
+    "gp_vl_mini_60": ("gp_vl", [f"gp_vl_{seed}" for seed in range(1, 6)], [
+        "eval.splits={all: 500}", "eval.curve_n=60", "eval.curve_points=5"]),
+    "gp_vl_mini_sampling": ("gp_vl", [f"gp_vl_long_{seed}" for seed in (1, 2, 3)], [
         "eval.splits={all: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]",
         "eval.curve_n=0", f"eval.arms=[{AT_2E4},rl]"]),
     "gp_l_mini": ("gp_l", FIVE, [
