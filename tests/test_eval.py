@@ -7,7 +7,6 @@ import math
 import random
 import resource
 import shutil
-import tarfile
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -820,8 +819,7 @@ def test_packed_run_gives_the_same_tables_without_weights(main, monkeypatch, tmp
         config.with_name("metrics.jsonl").write_text(json.dumps(log) + "\n")
     pack_runs.main([str(tmp_path / "packed"), str(folder)])
     shutil.rmtree(folder)
-    with tarfile.open(tmp_path / "packed/run.tar.xz") as packed:
-        packed.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(tmp_path / "packed/run.tar.xz", tmp_path)
     kept = json.loads((folder / "rl/metrics.jsonl").read_text())
     assert kept == {"step": 1, "seconds": 1.235, "gflops": 123456789}
     monkeypatch.setattr(evaluation, "load_state", training.load_state)
@@ -1468,8 +1466,7 @@ def test_published_numbers_are_those_of_the_packed_runs(tmp_path, monkeypatch, p
     """From every episode to the tables, by the code of today, without a model."""
     task, names, settings = PUBLISHED[published]
     for name in names:
-        with tarfile.open(ROOT / f"results/episodes/{name}.tar.xz") as packed:
-            packed.extractall(tmp_path, filter="data")
+        shutil.unpack_archive(ROOT / f"results/episodes/{name}.tar.xz", tmp_path)
     monkeypatch.setattr(evaluation, "made_by", lambda *_: {})  # reference policies, too, as played
     monkeypatch.setattr(evaluation, "Policy", None)
     runs = ",".join(str(tmp_path / name) for name in names)
