@@ -53,6 +53,7 @@ def test_by_hand_of_one_metric_less_another(runs, capsys):
 @pytest.mark.parametrize("change, told", [
     ({"--where": []}, "several variants of rl/step_40"),
     ({"--metric": ["per_step"]}, "--metric per_step: nothing was counted"),
+    ({"--metric": ["solved-frist"]}, "--metric solved-frist: nothing was counted"),
     ({"--n": ["5"]}, "no checkpoint of rl"),
 ])
 def test_what_it_cannot_compare_is_told_in_one_line(runs, change, told):

@@ -56,10 +56,10 @@ def episodes_of(cells, name, run):
 
 
 def counted(episode, metric):
-    """[right, of] of a metric, or of "a-b": right by a, not by b."""
-    metric, _, less = metric.partition("-")
-    right, of = episode["counts"].get(metric, (0, 0))
-    return [right - episode["counts"].get(less, (0, 0))[0], of]
+    """[right, of] of a metric, or of "a-b": right by a, not by b. Of nothing if one is missing."""
+    counts = [episode["counts"].get(name, (0, 0)) for name in metric.split("-")]
+    (right, _), *others = counts
+    return [right - sum(other for other, _ in others), min(of for _, of in counts)]
 
 
 def main(arguments):
