@@ -27,7 +27,7 @@ import yaml
 
 from lib.errors import UserError
 from lib.figures import Panel, draw_compute, draw_frontier
-from lib.results import names_one, read, temperature_name
+from lib.results import names_one, rate_of_init, read, temperature_name
 from lib.runs import write_atomic
 from lib.settings import ROOT
 from lib.tables import (
@@ -145,8 +145,22 @@ def table_block(fields, folder):
         official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
         body.append(["GFLOPs as the official code counts", *official, "", "", ""])
     others = set(results.gflops) - set(arms.values())
-    notes = [f"\nNote: {note}." for note in results.notes if not names_one(note, others)]
+    notes = [note for note in results.notes if not names_one(note, others)]
+    notes = [f"\nNote: {in_words(note, names_of_arms(results))}." for note in notes]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
+
+
+def names_of_arms(results):
+    """{arm: how a figure names it}."""
+    arms = dict.fromkeys(row["arm"] for row in results.table)
+    return training_names(arms, rate_of_init(results))
+
+
+def in_words(note, names):
+    """A note on arms and their checkpoints (sft/step_640) with their names (SFT at step 640)."""
+    arms = "|".join(re.escape(arm) for arm in sorted(names, key=len, reverse=True))
+    note = re.sub(rf"(?<![\w.=/-])({arms})(?![\w.=-])", lambda found: names[found[0]], note)
+    return re.sub(r"/step_(\d+)", r" at step \1", note)
 
 
 def seeds_block(fields, folder):
@@ -176,7 +190,11 @@ def seeds_block(fields, folder):
 
 def grades_block(fields, folder):
     """How the arms' answers were graded, of first attempts and of retries."""
-    head, *body = grade_rows(read(ROOT / fields["source"]), fields["split"])
+    results = read(ROOT / fields["source"])
+    names = names_of_arms(results)
+    head, *body = grade_rows(results, fields["split"])
+    for cells in body:
+        cells[2] = names[cells[2]]
     return markdown(head, body)
 
 

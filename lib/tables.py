@@ -250,9 +250,11 @@ def signed_text(estimate):
 
 
 def training_name(arm):
-    """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4."""
-    kind, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
-    return ", ".join([NAMES.get(kind, kind), *settings])
+    """SFT, lr=2.0e-4 of sft-sft.lr=2.0e-4; SFT (early) of sft-early."""
+    folder, *settings = re.split(r"-(?:env|model|lora|sft|ppo)\.", arm)
+    copied = re.fullmatch(r"(sft|rl)-(\w+)", folder)  # a copy that was given a name of its own
+    name = f"{NAMES[copied[1]]} ({copied[2]})" if copied else NAMES.get(folder, folder)
+    return ", ".join([name, *settings])
 
 
 def training_names(arms, rate=""):

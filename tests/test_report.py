@@ -451,7 +451,7 @@ def test_table_block_by_hand(block):
 def test_table_block_says_what_a_reader_must_know(block, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(evaluation(notes=["sft has less"])))
     lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
-    assert lines[-2:] == ["", "Note: sft has less."]
+    assert lines[-2:] == ["", "Note: SFT has less."]
 
 
 def test_another_training_may_stand_for_sft(block, tmp_path):
@@ -518,6 +518,16 @@ def test_names_in_figures_are_short_where_they_stay_distinct():
         "sft": "SFT", "rl-ppo.init=sft_step_320": "RL, init=sft_step_320"}
 
 
+def test_notes_in_documents_name_arms_as_figures_do():
+    gentle = "sft-sft.init=sft_step_80-sft.lr=5e-5"
+    names = training_names(["Init", "sft", "sft-early", gentle, "rl"], "1e-3")
+    note = f"sft/step_640 and {gentle} have more than rl/step_160; not so sft-early"
+    assert documents.in_words(note, names) == (
+        "SFT, lr=1e-3 at step 640 and SFT, lr=5e-5 have more than RL at step 160; not so SFT "
+        "(early)")
+    assert documents.in_words("ppo.init=sft_step_80 stays", names) == "ppo.init=sft_step_80 stays"
+
+
 def test_the_rate_of_init_is_the_shipped_one():
     shipped = SimpleNamespace(settings={"shipped": "configs/mini/gp_l.yaml"})
     assert (rate_of_init(shipped), rate_of_init(SimpleNamespace())) == ("1e-3", "")
@@ -551,7 +561,7 @@ def test_a_frontier_may_have_trainings_of_another_file_beside(block, tmp_path):
 def test_grades_block_by_hand(block):
     lines = block("grades\nsource: x.json\nsplit: all\n")
     assert lines[0] == "| answers, % |  |  | correct | wrong_value | illegal | repeated |"
-    assert lines[-1] == "| retries | rule OOD | rl | 25.0 | 0.0 | 75.0 | 33.3 |"
+    assert lines[-1] == "| retries | rule OOD | RL | 25.0 | 0.0 | 75.0 | 33.3 |"
 
 
 def test_grid_block_by_hand(block):
@@ -592,7 +602,7 @@ def test_a_block_leaves_trainings_out(block, tmp_path):
         for arms in panel.results.curves.values():
             assert ("sft-sft.lr=2.0e-4" in arms) == (panel.title == "A") and "Init" in arms
     lines = block("table\nsource: x.json\nrows:\n  ours, ID: [all, ID, solved]\n")
-    assert lines[-1] == "Note: in a: sft/step_9 has less." and "sft-x" not in str(lines)
+    assert lines[-1] == "Note: in a: SFT at step 9 has less." and "sft-x" not in str(lines)
 
 
 def test_unknown_row_is_a_user_error(block):
