@@ -6,6 +6,7 @@ import json
 from typing import NamedTuple
 
 from lib.errors import UserError
+from lib.verdicts import is_number
 
 HEAD = ("finding", "points", "paper", "ours [95 %]", "verdict", "seeds", "minutes")
 ONE_SEED = "hands or routes alone"
@@ -64,6 +65,7 @@ def rows_of_finding(number, result):
 def difference_row(line, verdict):
     """Cells of a difference; what decides nothing has no verdict."""
     arm, _, base = line["says"].split()
+    base = f"{base} %" if is_number(base) else base  # a threshold, or another arm
     place = ", ".join(line["at"][2:])
     paper = f"{line['paper']:+.1f}" if "paper" in line else ""
     ours = "-"
