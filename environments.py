@@ -82,7 +82,7 @@ class Environment(Protocol):
 
 
 def make_env(settings, verify_iters, **changes):
-    """The environment that the YAML's `env` section names, with an evaluation variant's `changes`.
+    """The environment that the YAML's `env` section names, with `changes` of its keys.
 
     Args: settings: the `env` section; verify_iters: answers allowed per position.
     Raises: UserError for an unknown environment, an unknown setting or one out of range.

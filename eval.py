@@ -299,8 +299,10 @@ class Evaluation:
         for training in self.comparison.trainings:
             steps = training.common()
             wanted = min(len(steps), self.e.curve_points or len(steps))
-            spread = torch.linspace(0, len(steps) - 1, wanted)
-            points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
+            spread = torch.linspace(0, len(steps) - 1, wanted).round().int().tolist()
+            if wanted == 1:
+                spread = [-1]  # the last
+            points[training.name] = [steps[nth] for nth in spread]
         return points
 
     def scene(self, place):
@@ -348,7 +350,8 @@ class Evaluation:
             episodes += run.cell(place, scene, path, n, self.bar)
             if init:
                 from_init += run.from_init(place, scene, path, init[nth], n, self.bar)
-        step = int(paths[0].name.partition("_")[2])
+        number = paths[0].name.partition("_")[2]
+        step = int(number) if number.isdigit() else 0  # a copied folder may have any name
         return Checkpoint(self.comparison.mean_gflops(paths), episodes, step, from_init)
 
     def points(self, curves):
@@ -421,7 +424,9 @@ class Evaluation:
             with suppress(FileNotFoundError):
                 log = (run.folder / training.name / "metrics.jsonl").read_text(encoding="utf-8")
                 for line in log.splitlines():
-                    found[training.name] += json.loads(line)["seconds"] / 60 / len(self.runs)
+                    with suppress(ValueError):  # a line that a crash cut short
+                        seconds = json.loads(line)["seconds"]
+                        found[training.name] += seconds / 60 / len(self.runs)
         return found
 
 

@@ -34,7 +34,7 @@ def example(env, seed, mistakes):
     Returns: (observation, expert answer).
     """
     progress = random.Random(f"progress {seed}").random()
-    attempts = random.Random(seed).randint(0, mistakes)
+    attempts = random.Random(f"mistakes {seed}").randint(0, mistakes)  # the deal draws by `seed`
     observation, _ = env.reset(seed, progress)
     for _ in range(attempts):
         observation, *_ = env.step(env.mistake())

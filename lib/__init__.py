@@ -1,4 +1,4 @@
-"""Plumbing: of the method itself, only training.py (PPO's tensors) and arms.py (equal compute).
+"""Plumbing: of the method itself, only ppo.py (PPO's tensors) and arms.py (equal compute).
 
 Imported first, it sets up the libraries before they start.
 """

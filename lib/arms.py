@@ -188,6 +188,9 @@ class Comparison:
     def _add_ppo(self, training, sft):
         """PPO, where it began, and every SFT that went on from there (else the plain one)."""
         arm = Arm(training.name, training.last)
+        if len({path.name for path in training.last}) > 1:
+            raise UserError(f"{training.name} has come to {self._names(training.last)}: let rl.py "
+                            "finish it in all runs, or leave it out (eval.arms)")
         self.ppo.append(arm)
         start = self._start_of_ppo(training)
         self._note_start(arm, start)
@@ -336,7 +339,7 @@ def seen_notes(arms, splits):
     trained = {}  # split -> names of arms
     for arm in arms:
         for checkpoint in arm.checkpoints:
-            split = trained_with(checkpoint)["env"].get("split")
+            split = trained_with(checkpoint)["env"].get("split", "train")
             trained.setdefault(split, {})[arm.name] = True
     notes = []
     for split, names in trained.items():

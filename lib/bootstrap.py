@@ -114,7 +114,7 @@ def measure(counts, clusters, seeds, statistic):
     each = statistic(ratios(by_seed, alone)).tolist()
     per_seed = [None if math.isnan(one) else one for one in each]
     known = len(by_seed) - per_seed.count(None)
-    if math.isnan(pooled) or known == 1 < len(by_seed):  # one of several seeds tells no spread
+    if math.isnan(pooled) or known < 2 <= len(by_seed):  # so few of several tell no spread
         return Measured(None, per_seed)
     over_clusters = _known(statistic(ratios(by_cluster, draws(len(by_cluster)))))
     if known < 2:

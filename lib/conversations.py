@@ -3,7 +3,8 @@
 eval.py writes conversations.jsonl, a line per arm and variant: {split, variant, arm, temperature,
 env: settings, verify_iters, episodes: [[turn]]}, a turn being {seed, attempt, answer, reward,
 verifier, category, correct, recognized}. Of the first run, at the first split and temperature, the
-first eval.conversations of the episodes that the table counts. No torch in this file.
+first eval.conversations of the episodes that the table counts (kept without their answers, when
+fewer were wanted, they are played again: at T > 0 with other ones). No torch in this file.
 """
 import json
 from contextlib import suppress

@@ -220,10 +220,12 @@ def draw_seeds(panel, x, y, color="black"):
 
 
 def leading_rows(results, rows):
-    """Those at the first split and temperature."""
-    first = next(iter(results.splits))
-    return [row for row in rows
-            if row["split"] == first and row["temperature"] == results.temperatures[0]]
+    """Those at the first temperature and, of each variant, at the first split."""
+    first = {}
+    for row in results.table:
+        first.setdefault(row["variant"], row["split"])
+    return [row for row in rows if row["split"] == first[row["variant"]]
+            and row["temperature"] == results.temperatures[0]]
 
 
 def leading(results, row):

@@ -65,7 +65,8 @@ def measured(episodes, base=None):
     for metric in cells[0]:
         if metric in cells[-1]:
             found = in_percent(stacked(cells, metric), episodes, statistic)
-            row["metrics"][metric], row["per_seed"][metric] = found
+            if found.estimate is not None:  # one of several seeds alone knows it
+                row["metrics"][metric], row["per_seed"][metric] = found
     return row
 
 

@@ -135,15 +135,27 @@ class Run:
         if script == "sft":
             self.init = find_init(run_dir, raw["sft"]["init"], overrides, "sft.init")
         else:
-            self.init = find_init(run_dir, init, overrides)
             if _follows_sft(init, overrides):  # the arm may be another than the YAML says
+                self.init = self._known_start(run_dir, init)
+                self.init = self.init or find_init(run_dir, init, overrides)
                 init = str(self.init.relative_to(run_dir))
+            else:
+                self.init = find_init(run_dir, init, overrides)
             self.settings["ppo"] = {**raw["ppo"], "init": init}
         self.length = LENGTHS[script]
         self.stopping = self.stop = self.lock = self.last = None
         self.step = 0
         if self.dir.is_dir():
             self._open()
+
+    def _known_start(self, run_dir, init):
+        """The checkpoint that the run which is here began from, if it is of the step that ppo.init
+        says, else None. (An sft arm that was made later may fit its overrides better.)"""
+        path = self.dir / "config.yaml"
+        if not path.exists():
+            return None
+        known = run_dir / read_settings(path)["ppo"]["init"]
+        return known if known.name == Path(init).name and known.is_dir() else None
 
     def _open(self):
         """See that it is a run of the same settings, keep others out and find where it stands."""

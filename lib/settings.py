@@ -64,7 +64,7 @@ SCHEMA = {
     "sft.warmup": whole(0),
     "sft.weight_decay": number(0, 1),
     "sft.max_grad_norm": number(0),
-    "sft.mistakes": whole(0, 100),
+    "sft.mistakes": whole(0, 99),
     "sft.init_step": whole(1),
     "sft.save_every": whole(1),
     "ppo.init": start,
@@ -80,7 +80,7 @@ SCHEMA = {
     "ppo.value_lr": number(0, 1),
     "ppo.value_warmup": whole(0),
     "ppo.schedule": choice("cosine", "constant"),
-    "ppo.adam_eps": number(0, 1),
+    "ppo.adam_eps": number(1e-30, 1),  # at 0 a weight without gradient becomes NaN
     "ppo.max_grad_norm": number(0),
     "ppo.clip": number(0, 10),
     "ppo.max_ratio": number(1),
@@ -303,6 +303,9 @@ def _check_together(clean):
     if clean["sft"]["init_step"] > clean["sft"]["steps"]:
         raise UserError("sft.init_step: Init is a step of the SFT run, "
                         "so it cannot exceed sft.steps")
+    temperatures = list(map(str, clean["eval"]["temperatures"]))
+    if len(set(temperatures)) < len(temperatures):
+        raise UserError("eval.temperatures: one of them stands there twice")
     for name in NOT_EMPTY:
         section, key = name.split(".")
         if not clean[section][key]:

@@ -252,11 +252,27 @@ def test_example_of_a_hand_is_the_deal_and_its_mistakes(mistakes):
     """GP has one position: nothing is drawn or played before the mistakes."""
     settings = {"name": "gp", "expert": "varied"}
     env, other = make_env(settings, mistakes + 1), make_env(settings, mistakes + 1)
+    met = set()
     for seed in range(60):
+        example, answer = sft.example(env, seed, mistakes)
         obs, _ = other.reset(seed)
-        for _ in range(random.Random(seed).randint(0, mistakes)):
+        played = len(example["messages"]) // 2  # of a wrong answer and the verifier's text
+        for _ in range(played):
             obs, *_ = other.step(other.mistake())
-        assert sft.example(env, seed, mistakes) == (obs, other.expert())
+        assert (example, answer) == (obs, other.expert())
+        met.add(played)
+    assert met == set(range(mistakes + 1))
+
+
+def test_the_hand_does_not_tell_how_many_mistakes():
+    """Deal and mistakes are drawn apart: from one stream, half of all hands had one count only."""
+    env = make_env({"name": "gp", "split": "unseen"}, 2)
+    counts = {}  # hand -> how many mistakes came before its examples
+    for seed in range(3000):
+        messages = sft.example(env, seed, 1)[0]["messages"]
+        counts.setdefault(str(env.values), []).append(len(messages) // 2)
+    often = [met for met in counts.values() if len(met) >= 20]
+    assert len(often) > 20 and all(0 < sum(met) < len(met) for met in often)
 
 
 # ---------------------------------------------------------------- episodes
@@ -486,7 +502,7 @@ def test_curves_start_at_init_and_follow_every_checkpoint(main, toy):
     )
     (row,) = saved(folder)["frontier"]
     assert (row["variant"], row["arm"], row["base"]) == ("long", "rl", "sft")
-    assert set(row["metrics"]) <= {"equal ID"}  # PPO spent 400, SFT 300
+    assert not row["metrics"]  # PPO spent 400, SFT 300, and SFT's curve never comes to PPO's ID
 
 
 def test_curve_of_sft_that_began_elsewhere_has_its_init(main):
@@ -506,7 +522,8 @@ def test_curve_has_as_many_points_as_asked_for(main):
     run, folder = main
     for step in (2, 3, 5, 7, 9):
         (folder / f"sft/step_{step}").mkdir(exist_ok=True)
-    for points, steps in ((0, [1, 2, 3, 5, 7, 9]), (3, [1, 3, 9]), (8, [1, 2, 3, 5, 7, 9])):
+    everywhere = [1, 2, 3, 5, 7, 9]
+    for points, steps in ((0, everywhere), (1, [1, 9]), (3, [1, 3, 9]), (8, everywhere)):
         run("eval.temperatures=[0]", "eval.splits={all: 2}", "eval.curve_n=2",
             f"eval.curve_points={points}")
         found = saved(folder)["curves"]["ID"]["sft"]
@@ -521,7 +538,7 @@ def test_kl_is_measured_from_init_once(main, monkeypatch):
 
     def known(records, policy_at, init, checkpoint, micro_tokens):
         asked.append((init.parent.name, init.name, checkpoint.parent.name, checkpoint.name))
-        assert [len(record["turns"]) for record in records] != [] and policy_at(init).loaded == init
+        assert len(records) == 10 and policy_at(init).loaded == init
         nats = {"step_1": 0.0, "step_3": 2.0, "step_4": 0.5}[checkpoint.name]
         return [(nats * len(record["turns"]), len(record["turns"])) for record in records]
 
@@ -555,6 +572,17 @@ def test_kl_from_two_inits_is_not_compared(main, monkeypatch):
     assert compared == {"rl": True, "rl-ppo.init=sft_step_3": False}
 
 
+def test_ppo_that_is_unfinished_in_one_run_is_not_pooled(main, tmp_path):
+    """Its row would mix updates; finished, or left out, the rest is played."""
+    run, folder = main
+    shutil.copytree(folder, tmp_path / "other")
+    (folder / "rl/step_5").mkdir()
+    runs = f"eval.runs=[{folder}, {tmp_path / 'other'}]"
+    with pytest.raises(UserError, match="rl has come to rl/step_5, rl/step_4: let rl.py finish it"):
+        run(runs)
+    run(runs, "eval.arms=[sft]", "eval.temperatures=[0]")
+
+
 def test_curve_has_the_steps_that_all_runs_have(main, tmp_path):
     run, folder = main
     shutil.copytree(folder, tmp_path / "other")
@@ -572,7 +600,7 @@ def test_evaluation_says_what_was_played_and_where(main, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "other")
     for path in (tmp_path / "other").glob("*/config.yaml"):
         path.write_text(path.read_text().replace("seed: 0", "seed: 5"))
-    (folder / "rl" / "metrics.jsonl").write_text('{"seconds": 60}\n{"seconds": 30}\n')
+    (folder / "rl" / "metrics.jsonl").write_text('{"seconds": 60}\n{"seconds": 30}\n{"secon')
     trained = folder / "rl" / "config.yaml"
     trained.write_text("# trained at abc1234\n" + trained.read_text())
     run()
@@ -763,6 +791,8 @@ def test_what_is_played_in_place_of_the_splits_is_named_and_shown_once(main):
         shown = {(row["split"], row["variant"]) for row in rows}
         assert shown == {("all", "ID"), ("the plan", "given"), ("unseen", "ID")}
     assert set(found["curves"]) == {"ID", "given"}
+    report.main([str(folder)])  # draws each variant at its own split
+    assert (folder / "growth.png").exists()
     assert found["notes"][:-2] == [
         "not at equal compute: sft/step_3 has 300 model GFLOPs, 25.0 % less than rl/step_4 (400)"
     ]
@@ -934,8 +964,9 @@ def test_what_never_occurs_is_left_out(main, toy):
     assert all(
         {"first_forward", "first_stop"} <= set(row["metrics"]) for row in saved(folder)["table"]
     )
-    text = (folder / "evaluation.json").read_text()
-    assert '"first_turn": [' not in text and "NaN" not in text
+    for row in saved(folder)["table"] + saved(folder)["differences"]:
+        assert "first_turn" not in {**row["metrics"], **row["per_seed"]}
+    assert "NaN" not in (folder / "evaluation.json").read_text()
 
 
 # ---------------------------------------------------------------- compute, counted officially
@@ -1055,6 +1086,22 @@ def test_resamples_in_which_nothing_was_asked_do_not_count():
     """Nothing is asked in cluster b: bb says nothing, aa and ab say 1/3."""
     assert interval([(1, 3), (0, 0)], "ab") == pytest.approx((1 / 3,) * 3)
     assert interval([(1, 3), (0, 0)], "ab", [(3, 3), (4, 4)]) == pytest.approx((-2 / 3,) * 3)
+
+
+def test_several_seeds_that_tell_nothing_alone_have_no_interval():
+    """Seed 1 was asked of the arm alone, seed 2 of the base: together they differ by 1."""
+    assert interval([(1, 1), (0, 0)], "ab", [(0, 0), (0, 1)], seeds=[1, 2]) is None
+    assert interval([(1, 1), (0, 0)], "ab", [(0, 0), (0, 1)], seeds=[1, 1]).value == 1
+
+
+def test_what_one_of_several_seeds_alone_was_asked_is_left_out():
+    def episode(seed, counts):
+        return {"cluster": "c", "training": seed, "counts": counts, "grades": {"first": {}}}
+
+    both, alone = {"solved": (1, 1)}, {"solved": (0, 1), "first_stop": (1, 1)}
+    row = measures.measured([episode(1, both), episode(2, alone)])
+    assert set(row["metrics"]) == set(row["per_seed"]) == {"solved"}
+    assert "first_stop" in measures.measured([episode(2, alone)])["metrics"]
 
 
 def test_one_cluster_has_no_width():
@@ -1405,6 +1452,7 @@ CURVES = ["eval.curve_n=100", f"eval.arms=[sft,{AT_5E5},rl]"]
 ENDS = ["eval.curve_n=0", f"eval.arms=[{AT_5E5},rl]"]
 NUMBERS = ('eval.variants={"7, 8, 9": {rule: {J: 7, Q: 8, K: 9}, require_face: true}, '
            '"12, 11, 13": {rule: {J: 12, Q: 11, K: 13}, require_face: true}}')
+BACKBONES = ["eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=6"]
 LONGER = ["eval.splits={all: 500}", "eval.curve_n=100", "eval.curve_points=8"]
 PUBLISHED = {  # file of results/: task, packed runs, settings
     "virl_vl_mini": ("virl_vl", [f"virl_vl_{seed}" for seed in range(1, 6)], [
@@ -1438,9 +1486,12 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         *ENDS, "eval.splits={all: 200}", "eval.temperatures=[0,{T: 0.6, top_p: 0.9},1]"]),
     "gp_l_mini_backbones": ("gp_l", ["gp_l_backbone_0", "gp_l_backbone_1", "gp_l_backbone_2"], [
         "eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"]),
-    "gp_l_mini_base_2.8m": ("gp_l", ["gp_l_base_2.8m"], LONGER),
-    "gp_l_mini_base_4.2m": ("gp_l", ["gp_l_base_4.2m"], LONGER),
-    "gp_l_mini_no_cards": ("gp_l", ["gp_l_no_cards"], [
+    "gp_l_mini_base_2.8m": ("gp_l", [f"gp_l_base_2.8m_{seed}" for seed in (1, 2, 3)], BACKBONES),
+    "gp_l_mini_base_4.2m": ("gp_l", [f"gp_l_base_4.2m_{seed}" for seed in (1, 2, 3)], BACKBONES),
+    "gp_l_mini_no_cards": ("gp_l", [f"gp_l_no_cards_{seed}" for seed in (1, 2, 3)], BACKBONES),
+    "gp_l_mini_base_2.8m_first": ("gp_l", ["gp_l_base_2.8m"], LONGER),
+    "gp_l_mini_base_4.2m_first": ("gp_l", ["gp_l_base_4.2m"], LONGER),
+    "gp_l_mini_no_cards_first": ("gp_l", ["gp_l_no_cards"], [
         "eval.splits={all: 1000}", "eval.curve_n=100", "eval.curve_points=8"]),
     "questions_kl_mini": ("gp_l", QUESTIONS, [
         "eval.kl=true", "eval.curve_n=100", "eval.arms=[sft,rl,rl-ppo.kl_coef=0]"]),

@@ -302,6 +302,22 @@ def test_arms_with_another_start_have_another_name(raw, tmp_path):
     }
 
 
+def test_a_run_goes_on_from_its_own_start_though_an_sft_arm_that_fits_better_came_later(
+        raw, tmp_path):
+    raw["run"]["dir"], raw["ppo"]["init"] = str(tmp_path), "sft/step_10"
+    lay(tmp_path, "sft/step_10")
+    override(raw, "lora.r=8")
+    for _ in range(2):
+        run = Run("rl", check(raw), ["lora.r=8"])
+        run.begin()
+        assert str(run.init.relative_to(tmp_path)) == "sft/step_10"
+        for step in (10, 20):
+            (tmp_path / f"sft-lora.r=8/step_{step}").mkdir(parents=True, exist_ok=True)
+    raw["ppo"]["init"] = "sft/step_20"
+    with pytest.raises(UserError, match="ppo.init = sft/step_10, not sft-lora.r=8/step_20"):
+        Run("rl", check(raw), ["lora.r=8"])
+
+
 def test_start_elsewhere_is_noted_as_it_was_given(raw, tmp_path):
     """Runs of before say it so, too. The run folder need not be there yet."""
     lay(tmp_path, "elsewhere/step_3")

@@ -121,6 +121,8 @@ def test_defaults_are_of_known_keys_and_accepted():
         ("eval.splits={all: x}", "eval.splits.all: 'x' is not a whole number"),
         ("eval.variants={ID: 5}", "eval.variants.ID: 5 is not a mapping"),
         ("eval.temperatures=[]", "eval.temperatures is empty"),
+        ("eval.temperatures=[0, 0.2, 0]", "eval.temperatures: one of them stands there twice"),
+        ("ppo.adam_eps=0", "ppo.adam_eps: 0.0 is not between 1e-30 and 1"),
         ("model.dtype=fp16", "model.dtype: 'fp16' is none of float32, bfloat16, float16"),
         ("ppo.value_warmup=-1", "ppo.value_warmup: -1 is not between 0 and inf"),
         (
