@@ -591,16 +591,18 @@ def test_kl_to_the_start_counts(free_policy, turns, cfg):
     assert any(not torch.allclose(without[n], with_kl[n]) for n in without)
 
 
-def test_loss_that_is_not_finite_stops_before_the_step(free_policy, turns, cfg):
-    for name in ("lr", "minibatch"):  # whatever its cause
-        recorder, advantages = Recorder(free_policy), torch.full((len(turns),), math.nan)
-        ppo = SimpleNamespace(**{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, name: 1})
-        batch = rl.prepare(
-            free_policy, turns, advantages, torch.zeros(len(turns)), ppo, '"formula"', None
-        )
-        with pytest.raises(UserError, match="finite"):
-            rl.update(free_policy, recorder, batch, ppo, torch.Generator().manual_seed(0))
-        assert recorder.steps == []
+@pytest.mark.parametrize("advantage", [math.nan, 1e30])
+def test_loss_or_norm_that_is_not_finite_stops_before_the_step(free_policy, turns, cfg, advantage):
+    """Squares of gradients of 1e30 are beyond float32, the loss itself is not."""
+    recorder, advantages = Recorder(free_policy), torch.full((len(turns),), advantage)
+    ppo = SimpleNamespace(
+        **{**vars(cfg.ppo), "envs": 5, "kl_coef": 0, "normalize_advantages": False})
+    batch = rl.prepare(
+        free_policy, turns, advantages, torch.zeros(len(turns)), ppo, '"formula"', None
+    )
+    with pytest.raises(UserError, match="finite"):
+        rl.update(free_policy, recorder, batch, ppo, torch.Generator().manual_seed(0))
+    assert recorder.steps == []
 
 
 def test_nothing_is_learned_where_advantages_are_alike(make_policy, turns, cfg):
