@@ -46,6 +46,7 @@ ARM_SECTIONS = {  # what shapes each arm
 }
 LENGTHS = {"sft": "sft.steps", "rl": "ppo.updates"}  # may grow, under a constant learning rate
 TRAINED_AT = "# trained at "  # in a config.yaml: a commit of the code
+LONGEST_NAME = 255  # bytes of a file's name, on the usual systems
 NAMELESS = (*MAY_CHANGE, *LENGTHS.values())  # name no arm
 
 
@@ -64,7 +65,11 @@ def arm_name(script, overrides, init=""):
         section = name.partition(".")[0]
         if section in sections and name not in NAMELESS:
             parts.append(re.sub(r"[^\w.=,+-]", "_", override))
-    return "-".join(parts)
+    name = "-".join(parts)
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"the arm's folder would be named by {len(name)} letters, {name[:60]}...: "
+                        "set some of these keys in a copy of the YAML with a run.dir of its own")
+    return name
 
 
 def _follows_sft(init, overrides):

@@ -235,6 +235,8 @@ def override(raw, argument):
     place = raw
     for part in path:
         place = place.get(part)
+        if place is None and name in SCHEMA:
+            raise UserError(f"{name}: {part} is null here")
         if not isinstance(place, dict):
             raise unknown
     try:

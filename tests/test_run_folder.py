@@ -74,6 +74,8 @@ def test_arm_is_named_after_its_own_overrides():
     mixed = ["ppo.clip=1", "sft.micro_tokens=9", "sft.mistakes=2"]
     assert arm_name("sft", mixed) == "sft-sft.mistakes=2"
     assert "/" not in arm_name("rl", ["ppo.init=sft/step_5"])  # a folder, not a path
+    with pytest.raises(UserError, match="named by 305 letters, rl-lora.target_modules=xxx"):
+        arm_name("rl", ["lora.target_modules=" + 282 * "x"])
 
 
 def test_arms_do_not_share_a_folder(open_run, tmp_path):

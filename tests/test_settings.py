@@ -39,6 +39,10 @@ def contents(folder):
 
 
 # ---------------------------------------------------------------- what is refused, and how
+def test_a_key_below_null_is_not_called_unknown():
+    assert refusal("lora=null", "lora.r=8") == "lora.r: lora is null here"
+
+
 @pytest.mark.parametrize(
     "override, meant",
     [
