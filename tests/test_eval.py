@@ -1488,8 +1488,7 @@ PUBLISHED = {  # file of results/: task, packed runs, settings
         "eval.splits={all: 1000}", "eval.curve_n=0", "eval.arms=[sft,rl]"]),
     "gp_l_mini_base_2.8m": ("gp_l", [f"gp_l_base_2.8m_{seed}" for seed in (1, 2, 3)], BACKBONES),
     "gp_l_mini_base_4.2m": ("gp_l", [f"gp_l_base_4.2m_{seed}" for seed in (1, 2, 3)], BACKBONES),
-    "gp_l_mini_no_cards": ("gp_l", [f"gp_l_no_cards_{seed}" for seed in (1, 2, 3)], [
-        *BACKBONES, "eval.arms=[sft,rl]"]),
+    "gp_l_mini_no_cards": ("gp_l", [f"gp_l_no_cards_{seed}" for seed in (1, 2, 3)], BACKBONES),
     "gp_l_mini_base_2.8m_first": ("gp_l", ["gp_l_base_2.8m"], LONGER),
     "gp_l_mini_base_4.2m_first": ("gp_l", ["gp_l_base_4.2m"], LONGER),
     "gp_l_mini_no_cards_first": ("gp_l", ["gp_l_no_cards"], [
