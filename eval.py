@@ -299,10 +299,8 @@ class Evaluation:
         for training in self.comparison.trainings:
             steps = training.common()
             wanted = min(len(steps), self.e.curve_points or len(steps))
-            spread = torch.linspace(0, len(steps) - 1, wanted).round().int().tolist()
-            if wanted == 1:
-                spread = [-1]  # the last
-            points[training.name] = [steps[nth] for nth in spread]
+            spread = torch.linspace(len(steps) - 1, 0, wanted).flip(0)  # one alone is the last
+            points[training.name] = [steps[nth] for nth in spread.round().int().tolist()]
         return points
 
     def scene(self, place):

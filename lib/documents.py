@@ -145,8 +145,9 @@ def table_block(fields, folder):
         official = [f"{results.official_gflops[arm]:,.0f}" for arm in arms.values()]
         body.append(["GFLOPs as the official code counts", *official, "", "", ""])
     others = set(results.gflops) - set(arms.values())
-    notes = [note for note in results.notes if not names_one(note, others)]
-    notes = [f"\nNote: {in_words(note, names_of_arms(results))}." for note in notes]
+    names = names_of_arms(results)
+    notes = [f"\nNote: {in_words(note, names)}." for note in results.notes
+             if not names_one(note, others)]
     return markdown(["%", *NAMES.values(), *map(pair_name, PAIRS)], body) + notes
 
 

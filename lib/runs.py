@@ -154,13 +154,14 @@ class Run:
             self._open()
 
     def _known_start(self, run_dir, init):
-        """The checkpoint that the run which is here began from, if it is of the step that ppo.init
-        says, else None. (An sft arm that was made later may fit its overrides better.)"""
+        """The checkpoint of an sft arm that the run which is here began from, if it is of the step
+        that ppo.init says, else None. (An arm that was made later may fit the overrides better.)"""
         path = self.dir / "config.yaml"
         if not path.exists():
             return None
-        known = run_dir / read_settings(path)["ppo"]["init"]
-        return known if known.name == Path(init).name and known.is_dir() else None
+        arm, _, step = read_settings(path)["ppo"]["init"].rpartition("/")
+        of_sft = arm.startswith("sft") and "/" not in arm and step == Path(init).name
+        return run_dir / arm / step if of_sft and (run_dir / arm / step).is_dir() else None
 
     def _open(self):
         """See that it is a run of the same settings, keep others out and find where it stands."""

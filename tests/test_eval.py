@@ -1440,6 +1440,15 @@ def test_arms_trained_on_what_is_played_are_told(tmp_path):
         told = seen_notes(arms, {"all": 5, "unseen": 3})
         wanted = f"rl: trained with env.split={split}, so what is played under {seen} is not new to"
         assert [line.removesuffix(" it") for line in told] == ([wanted] if seen else [])
+    (tmp_path / "rl" / "config.yaml").write_text(yaml.safe_dump({**settings, "env": {}}))
+    assert "sft, rl: trained with env.split=train" in seen_notes(arms, {"train": 5})[0]
+
+
+def test_a_checkpoint_that_was_copied_may_have_any_name(main):
+    run, folder = main
+    shutil.copytree(folder / "sft/step_1", folder / "sft/copy-1")
+    run("ppo.init=sft/copy-1", "eval.arms=[sft]", "eval.temperatures=[0]", "eval.splits={all: 2}")
+    assert saved(folder)["curves"]["ID"]["Init"][0][6] == 0
 
 
 # ---------------------------------------------------------------- what is published

@@ -320,6 +320,16 @@ def test_a_run_goes_on_from_its_own_start_though_an_sft_arm_that_fits_better_cam
         Run("rl", check(raw), ["lora.r=8"])
 
 
+def test_a_run_from_elsewhere_does_not_go_on_from_an_sft_arm(raw, tmp_path):
+    """Though the checkpoints have the same name."""
+    raw["run"]["dir"], raw["ppo"]["init"] = str(tmp_path / "run"), f"{tmp_path}/other/step_10"
+    lay(tmp_path, "other/step_10", "run/sft/step_10")
+    Run("rl", check(raw), []).begin()
+    raw["ppo"]["init"] = "sft/step_10"
+    with pytest.raises(UserError, match="other/step_10, not sft/step_10"):
+        Run("rl", check(raw), [])
+
+
 def test_start_elsewhere_is_noted_as_it_was_given(raw, tmp_path):
     """Runs of before say it so, too. The run folder need not be there yet."""
     lay(tmp_path, "elsewhere/step_3")
